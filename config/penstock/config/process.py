@@ -1,0 +1,35 @@
+"""What every role does as a process: live no longer than its parent, carry a name, say when it is ready."""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from typing import Final
+
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_NAME: Final = 15
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent ends, however it ends (prctl(2), PR_SET_PDEATHSIG; Linux).
+
+    ``parent_pid`` is the parent's process id as the parent knows it: if it has ended already, this process exits.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        sys.exit(1)
+
+
+def set_process_name(name: str) -> None:
+    """Name this process in ``ps`` and ``pstree``; at most 15 bytes are kept (prctl(2), PR_SET_NAME; Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode()[:15])
+
+
+def report_ready(fd: int, facts: Mapping[str, str | int]) -> None:
+    """Write ``facts`` as one JSON line to a descriptor that the parent reads, and close it."""
+    with os.fdopen(fd, "w") as pipe:
+        pipe.write(json.dumps(dict(facts)) + "\n")

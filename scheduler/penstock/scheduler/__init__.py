@@ -1,0 +1,1 @@
+"""The scheduler: one model replica, deployed as a gate and an engine."""

@@ -1,0 +1,460 @@
+"""The core: ``plan`` says what the next step computes, ``absorb`` takes in what a step produced.
+
+A step is filled in this order, within its budget of rows:
+
+1. every running sequence that has one token left to compute (it decodes);
+2. running sequences with more left (chunks of their prompts, or of what a preemption made them forget);
+3. waiting sequences, as the policy orders them, while slots and blocks last.
+
+A sequence enters with blocks for all its known tokens and one more, so that only decoding can run out of them; then the
+policy names a victim, which frees everything, waits, and computes it all again (recompute preemption). The first of all
+always goes on, since the pool holds at least one sequence of full length: nothing can lock up.
+
+A plan may be made while others are in flight. ``Sequence.ahead`` counts what they sample and nobody knows yet; a
+sequence whose last possible token is among it has nothing left to compute and leaves its slot at once, its results still
+to come. Everything is deterministic: time comes in as ``now``, in nanoseconds.
+"""
+
+import heapq
+from array import array
+from collections import deque
+from operator import attrgetter
+
+from penstock.executor.step import ModelInfo, StepPlan, StepResult, Stopping, pack_u32, unpack_u32
+from penstock.scheduler.core.blocks import BlockPool
+from penstock.scheduler.core.output import Output
+from penstock.scheduler.core.plan_builder import PlanBuilder
+from penstock.scheduler.core.policies import Policy
+from penstock.scheduler.core.sequence import Sequence, State
+from penstock.scheduler.records.commands import Submit
+from penstock.scheduler.records.events import Finish, Load, Span, Step, StepSpan
+
+_computed = attrgetter("scheduled")
+
+
+class Flight:
+    """A plan that is not answered yet."""
+
+    __slots__ = ("chunks", "decodes", "members", "number", "ones", "plan_ns", "silent", "slots", "submitted_ns")
+
+    def __init__(
+        self,
+        number: int,
+        members: list[Sequence],
+        slots: "array[int]",
+        chunks: list[tuple[Sequence, int]],
+        decodes: int,
+        silent: frozenset[Sequence],
+        now: int,
+    ) -> None:
+        self.number = number
+        self.members = members
+        """The sequence of each row, in the plan's order of rows."""
+        self.slots = slots
+        """The slot that each had."""
+        self.chunks = chunks
+        self.decodes = decodes
+        self.silent = silent
+        """Members that sample nothing: known ids are left after this plan."""
+        self.submitted_ns = now
+        self.plan_ns = 0
+
+
+class Core:
+    """All requests and all blocks of one replica. Not thread-safe; no method blocks.
+
+    Raises ValueError if the blocks do not hold one sequence of full length.
+    """
+
+    def __init__(self, info: ModelInfo, policy: Policy, *, epoch: int = 1, traced_step_every: int = 16) -> None:
+        if info.max_model_tokens > info.num_blocks * info.block_tokens:
+            raise ValueError(
+                f"{info.num_blocks} blocks of {info.block_tokens} tokens hold no sequence of {info.max_model_tokens}"
+            )
+        self._info = info
+        self._policy = policy
+        self._epoch = epoch
+        self._traced_step_every = traced_step_every
+        self._eos = frozenset(info.eos_ids)
+        self._pool = BlockPool(info.num_blocks, info.block_tokens)
+        self._free_slots = list(range(info.max_sequences - 1, -1, -1))
+        self._sequences: dict[int, Sequence] = {}
+        self._running: dict[Sequence, None] = {}
+        self._release: list[int] = []
+        self._flights: deque[Flight] = deque()
+        self._deadlines: list[tuple[int, int, int]] = []
+        self._number = 0
+        self._arrivals = 0
+        self._members: list[Sequence] = []
+        self._rows: list[Sequence] = []
+        self._slots = array("I")
+        self._waiting_tokens = 0
+        self._preemptions = 0
+        self._preemptions_in_flight = 0
+        self.output = Output()
+        """What happened since take_output was last called."""
+
+    # ---- what comes in ----
+
+    def submit(self, request: Submit) -> None:
+        """Queue every sample of a request, which the gate has checked."""
+        prompt = unpack_u32(request.prompt_ids)
+        own = unpack_u32(request.stop_ids)
+        stop_ids = frozenset(own) if request.ignore_eos else self._eos.union(own)
+        stopping = Stopping(request.max_tokens, request.min_tokens, pack_u32(sorted(stop_ids)))
+        limit = min(len(prompt) + request.max_tokens, self._info.max_model_tokens)
+        for sample in request.samples:
+            ids = prompt + unpack_u32(sample.delivered_ids)
+            sequence = Sequence(
+                sample.handle,
+                ids,
+                len(prompt),
+                stopping,
+                stop_ids,
+                limit,
+                request.arrival_ns,
+                sampling=request.sampling,
+                seed=sample.seed,
+                sample_index=sample.index,
+                deadline_ns=request.deadline_ns,
+                tenant=request.tenant,
+                priority_class=request.priority_class,
+                traced=request.traced,
+            )
+            self._enter(sequence)
+
+    def _enter(self, sequence: Sequence) -> None:
+        self._arrivals += 1
+        sequence.order = self._arrivals
+        self._sequences[sequence.handle] = sequence
+        self._wait(sequence, sequence.arrival_ns)
+        if sequence.deadline_ns:
+            heapq.heappush(self._deadlines, (sequence.deadline_ns, sequence.order, sequence.handle))
+
+    def cancel(self, handle: int, now: int) -> None:
+        """End a sequence; an unknown handle is ignored."""
+        sequence = self._sequences.get(handle)
+        if sequence is not None:
+            self._finish(sequence, Finish.CANCELLED, now)
+
+    def expire(self, now: int) -> None:
+        """End every sequence whose deadline has passed."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, order, handle = heapq.heappop(self._deadlines)
+            sequence = self._sequences.get(handle)
+            if sequence is not None and sequence.order == order:
+                self._finish(sequence, Finish.DEADLINE, now)
+
+    # ---- plan ----
+
+    def plan(self, now: int) -> StepPlan | None:
+        """The next step, or None if there is nothing to compute now. The plan counts as submitted."""
+        builder = PlanBuilder(self._info.max_step_tokens)
+        prefilling = self._plan_decodes(builder, now)
+        self._plan_chunks(builder, prefilling)
+        self._admit(builder, now)
+        return self._close(builder, now)
+
+    def _plan_decodes(self, builder: PlanBuilder, now: int) -> list[Sequence]:
+        """Give a row to everyone who has one token left to compute; returns those who have more."""
+        prefilling: list[Sequence] = []
+        decodes = builder.decodes
+        tokens_ahead = self._info.tokens_ahead
+        for sequence in list(self._running):
+            if sequence.slot < 0:
+                continue  # it gave way to one before it
+            ahead = sequence.ahead
+            length = len(sequence.ids) + ahead
+            scheduled = sequence.scheduled
+            if length - scheduled != 1:
+                prefilling.append(sequence)
+            elif length >= sequence.limit:
+                self._leave(sequence)
+            elif ahead > tokens_ahead or builder.rows_left <= 0:
+                if sequence.active:
+                    sequence.active = False
+                    builder.held.append(sequence)
+            elif scheduled < sequence.capacity or self._grow(sequence, builder, now):
+                decodes.append(sequence)
+                builder.rows_left -= 1
+                if not sequence.active:
+                    sequence.active = True
+                    builder.schedule(sequence, 1)
+        return prefilling
+
+    def _grow(self, sequence: Sequence, builder: PlanBuilder, now: int) -> bool:
+        """Give one more block, another sequence's if need be. False if the sequence itself had to give way."""
+        while not self._pool.free:
+            victim = self._policy.victim(self._running, sequence)
+            builder.forget(victim)
+            self._preempt(victim, "blocks", now)
+            if victim is sequence:
+                return False
+        self._add_block(sequence, builder)
+        return True
+
+    def _add_block(self, sequence: Sequence, builder: PlanBuilder) -> None:
+        builder.add_block(sequence, self._pool.take())
+        sequence.capacity += self._pool.block_tokens
+
+    def _plan_chunks(self, builder: PlanBuilder, prefilling: list[Sequence]) -> None:
+        for sequence in prefilling:
+            if builder.rows_left <= 0:
+                return
+            if sequence.slot >= 0:
+                self._chunk(sequence, builder)
+
+    def _chunk(self, sequence: Sequence, builder: PlanBuilder) -> None:
+        if sequence.sent_ids < len(sequence.ids) and sequence.sent_ids > 0 and sequence.scheduled:
+            builder.send_fragment(sequence)
+        rows = min(sequence.sent_ids - sequence.scheduled, builder.rows_left)
+        builder.rows_left -= rows
+        builder.chunks.append((sequence, rows))
+        builder.schedule(sequence, rows)
+
+    def _admit(self, builder: PlanBuilder, now: int) -> None:
+        while builder.rows_left > 0 and self._free_slots:
+            sequence = self._policy.next(now)
+            if sequence is None or sequence.in_flight:
+                return  # a preempted one comes back only when all of its tokens are known
+            tokens = min(len(sequence.ids) + 1, sequence.limit)
+            if self._pool.needed(tokens) > self._pool.free:
+                return
+            self._start(sequence, now)
+            builder.admit(sequence)
+            while sequence.capacity < tokens:
+                self._add_block(sequence, builder)
+            self._chunk(sequence, builder)
+
+    def _start(self, sequence: Sequence, now: int) -> None:
+        self._policy.remove(sequence)
+        self._waiting_tokens -= sequence.waiting_tokens
+        sequence.state = State.RUNNING
+        sequence.slot = self._free_slots.pop()
+        self._running[sequence] = None
+        sequence.admitted_ns = now
+        sequence.started_ns = sequence.started_ns or now
+        sequence.decode_start_ns = 0
+        if sequence.traced:
+            self.output.span(Span.QUEUED, sequence, sequence.queued_ns, now, step=self._number + 1)
+
+    def _close(self, builder: PlanBuilder, now: int) -> StepPlan | None:
+        """Count what the plan does, and record it as in flight."""
+        members = [*builder.decodes, *(sequence for sequence, _ in builder.chunks)]
+        if not members:
+            for sequence in builder.held:
+                sequence.active = True  # nobody was told
+            return None
+        for sequence in builder.decodes:
+            sequence.scheduled += 1
+            sequence.ahead += 1
+            sequence.in_flight += 1
+        silent = self._count_chunks(builder.chunks)
+        rows = self._order_rows(members)
+        self._number += 1
+        plan = builder.build(self._epoch, self._number, self._release, rows)
+        self._release.clear()
+        flight = Flight(self._number, self._rows, self._slots, builder.chunks, len(builder.decodes), silent, now)
+        self._flights.append(flight)
+        return plan
+
+    @staticmethod
+    def _count_chunks(chunks: list[tuple[Sequence, int]]) -> frozenset[Sequence]:
+        silent = []
+        for sequence, rows in chunks:
+            sequence.scheduled += rows
+            sequence.in_flight += 1
+            if sequence.scheduled == len(sequence.ids):
+                sequence.ahead += 1
+                sequence.active = True
+            else:
+                silent.append(sequence)
+        return frozenset(silent)
+
+    def _order_rows(self, members: list[Sequence]) -> bytes | None:
+        """Longest context first, since unsorted lengths cost the device time; None if the members did not change."""
+        if members == self._members:
+            return None
+        self._members = members
+        self._rows = sorted(members, key=_computed, reverse=True)
+        self._slots = array("I", [sequence.slot for sequence in self._rows])
+        return self._slots.tobytes()
+
+    # ---- absorb ----
+
+    def absorb(self, result: StepResult, now: int) -> Flight:
+        """Take in the result of the oldest plan in flight. Raises ValueError for any other."""
+        flight = self._flights[0] if self._flights else None
+        if flight is None or (result.epoch, result.number) != (self._epoch, flight.number):
+            raise ValueError(f"result {result.epoch}.{result.number} answers no plan that is next")
+        if len(result.counts) != len(flight.members):
+            raise ValueError(f"result {result.number} has {len(result.counts)} rows of {len(flight.members)}")
+        self._flights.popleft()
+        self._absorb_rows(flight, result, now)
+        for failure in result.failed:
+            self._absorb_failure(flight, failure.slot, failure.reason, now)
+        self._trace_step(flight, result, now)
+        return flight
+
+    def _absorb_rows(self, flight: Flight, result: StepResult, now: int) -> None:
+        tokens = iter(unpack_u32(result.ids))
+        silent = flight.silent
+        output = self.output
+        for sequence, count in zip(flight.members, result.counts, strict=True):
+            sequence.in_flight -= 1
+            if sequence not in silent:
+                sequence.ahead -= 1
+            if not count:
+                continue
+            ids = sequence.ids
+            if sequence.state is State.FINISHED:
+                for _ in range(count):
+                    next(tokens)  # it was cancelled after this plan was made
+                continue
+            output.handles.append(sequence.handle)
+            output.offsets.append(len(ids) - sequence.prompt_tokens)
+            output.counts.append(count)
+            token = next(tokens)
+            ids.append(token)
+            output.ids.append(token)
+            for _ in range(count - 1):
+                token = next(tokens)
+                ids.append(token)
+                output.ids.append(token)
+            if not sequence.decode_start_ns:
+                self._first_token(sequence, flight, now)
+            if token in sequence.stop_ids:
+                self._finish(sequence, Finish.STOP, now)
+            elif len(ids) >= sequence.limit:
+                self._finish(sequence, Finish.LENGTH, now)
+
+    def _first_token(self, sequence: Sequence, flight: Flight, now: int) -> None:
+        if sequence.state is State.RUNNING:
+            sequence.decode_start_ns = now
+        if not sequence.first_token_ns:
+            sequence.first_token_ns = now
+            if sequence.traced:
+                self.output.span(Span.FIRST_TOKEN, sequence, now, now, step=flight.number)
+
+    def _absorb_failure(self, flight: Flight, slot: int, reason: str, now: int) -> None:
+        for sequence, its_slot in zip(flight.members, flight.slots, strict=True):
+            if its_slot == slot and sequence.state is not State.FINISHED:
+                self._finish(sequence, Finish.FAILED, now, reason)
+
+    def _trace_step(self, flight: Flight, result: StepResult, now: int) -> None:
+        for sequence, rows in flight.chunks:
+            if sequence.traced:
+                self.output.span(Span.PREFILL, sequence, flight.submitted_ns, now, rows, flight.number)
+        if flight.number % self._traced_step_every and not any(sequence.traced for sequence, _ in flight.chunks):
+            return
+        traced = [sequence.handle for sequence in flight.members if sequence.traced]
+        if traced:
+            self.output.steps.append(
+                StepSpan(
+                    flight.number,
+                    flight.submitted_ns,
+                    now,
+                    flight.plan_ns,
+                    result.device_ns,
+                    flight.decodes,
+                    sum(rows for _, rows in flight.chunks),
+                    len(flight.members),
+                    len(self._policy),
+                    pack_u32(traced),
+                )
+            )
+
+    # ---- comings and goings ----
+
+    def _wait(self, sequence: Sequence, now: int) -> None:
+        sequence.state = State.WAITING
+        sequence.queued_ns = now
+        sequence.waiting_tokens = len(sequence.ids)
+        self._waiting_tokens += sequence.waiting_tokens
+        self._policy.push(sequence, now)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Free slot and blocks: the next plan releases the slot, and may use both."""
+        if sequence.slot < 0:
+            return
+        del self._running[sequence]
+        self._release.append(sequence.slot)
+        self._free_slots.append(sequence.slot)
+        self._pool.give_back(sequence.blocks)
+        sequence.slot = -1
+        sequence.blocks.clear()
+        sequence.capacity = 0
+        sequence.active = False
+        self._members = []  # who comes back may have another slot
+
+    def _preempt(self, victim: Sequence, cause: str, now: int) -> None:
+        self._preemptions += 1
+        self._preemptions_in_flight += victim.ahead > 0
+        victim.preemptions += 1
+        if victim.traced:
+            self._trace_decode(victim, now)
+            self.output.span(Span.PREEMPTED, victim, now, now, victim.scheduled, cause=cause)
+        self._leave(victim)
+        victim.scheduled = 0
+        victim.sent_ids = 0
+        self._wait(victim, now)
+
+    def _finish(self, sequence: Sequence, reason: Finish, now: int, detail: str = "") -> None:
+        if sequence.traced:
+            if sequence.state is State.WAITING:
+                self.output.span(Span.QUEUED, sequence, sequence.queued_ns, now)
+            self._trace_decode(sequence, now)
+        if sequence.state is State.WAITING:
+            self._policy.remove(sequence)
+            self._waiting_tokens -= sequence.waiting_tokens
+        self._leave(sequence)
+        sequence.state = State.FINISHED
+        del self._sequences[sequence.handle]
+        self.output.end(sequence, reason, now, detail)
+
+    def _trace_decode(self, sequence: Sequence, now: int) -> None:
+        if sequence.decode_start_ns:
+            self.output.span(Span.DECODE, sequence, sequence.decode_start_ns, now, sequence.output_tokens)
+            sequence.decode_start_ns = 0
+
+    # ---- what can be asked ----
+
+    @property
+    def in_flight(self) -> int:
+        """Plans that are not answered yet."""
+        return len(self._flights)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is any sequence."""
+        return bool(self._sequences)
+
+    @property
+    def last_flight(self) -> Flight | None:
+        """The plan made last, if it is not answered yet."""
+        return self._flights[-1] if self._flights else None
+
+    def next_deadline(self) -> int | None:
+        """When expire has something to do, at the earliest."""
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def take_output(self) -> Step | None:
+        """What happened since the last call; None if nothing did."""
+        return self.output.take() if self.output else None
+
+    def load(self, now: int, steps: int, step_us: int) -> Load:
+        """How full the core is."""
+        oldest = self._policy.next(now)
+        return Load(
+            len(self._policy),
+            self._waiting_tokens,
+            (now - oldest.queued_ns) // 1_000_000 if oldest else 0,
+            len(self._running),
+            self._info.max_sequences,
+            self._pool.free,
+            self._pool.total,
+            step_us,
+            steps,
+            self._preemptions,
+            self._preemptions_in_flight,
+        )

@@ -1,0 +1,1 @@
+"""The engine process: core, loop and executor."""

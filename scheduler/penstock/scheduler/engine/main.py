@@ -1,0 +1,98 @@
+"""The engine process: ``python -m penstock.scheduler.engine.main ARGUMENTS``, started by the gate."""
+
+import gc
+import signal
+import sys
+import threading
+
+from penstock.config.process import die_with_parent, set_process_name
+from penstock.executor.executor import Executor, ExecutorError
+from penstock.executor.ring import RingHandle, RingReader, RingWriter
+from penstock.executor.step import ModelInfo, ModelSpec
+from penstock.scheduler.engine.loop import Loop
+from penstock.scheduler.records import events
+from penstock.scheduler.records.startup import EngineArguments
+from penstock.scheduler.records.vitals import EngineState, Vitals
+from penstock.telemetry import logging
+
+
+def create_executor(name: str) -> Executor:
+    """The executor of that name; only its own modules are loaded. Raises ExecutorError for an unknown one."""
+    match name:
+        case "uniproc":
+            from penstock.executor.uniproc import UniProcExecutor
+
+            return UniProcExecutor()
+        case "simulated":
+            from penstock.executor.simulated import SimulatedExecutor
+
+            return SimulatedExecutor()
+        case _:
+            raise ExecutorError(f"unknown executor {name!r}: uniproc or simulated")
+
+
+def start_executor(executor: Executor, spec: ModelSpec, vitals: Vitals) -> ModelInfo:
+    """Start the executor on a thread of its own while this one keeps ticking. Raises what start raises."""
+    outcome: list[ModelInfo | BaseException] = []
+
+    def start() -> None:
+        try:
+            outcome.append(executor.start(spec, lambda stage, done, total: None))
+        except BaseException as error:  # noqa: BLE001  # handed to the caller
+            outcome.append(error)
+
+    thread = threading.Thread(target=start, name="start", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        vitals.beat()
+        thread.join(0.05)
+    (result,) = outcome
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+def serve(arguments: EngineArguments, events_ring: RingWriter, vitals: Vitals) -> None:
+    """Start, serve until told to end, shut down. Raises ExecutorError."""
+    executor = create_executor(arguments.spec.executor)
+    try:
+        info = start_executor(executor, arguments.spec.model, vitals)
+        try:
+            loop = Loop(
+                info,
+                executor,
+                RingReader(RingHandle.decode(arguments.commands)),
+                events_ring,
+                vitals,
+                traced_step_every=arguments.spec.traced_step_every,
+            )
+        except ValueError as error:
+            raise ExecutorError(str(error)) from error
+        events_ring.put(events.encode(events.Started(info)))
+        vitals.set_state(EngineState.SERVING)
+        gc.collect()
+        gc.freeze()
+        loop.run()
+    finally:
+        executor.shutdown()
+
+
+def main() -> int:
+    """Run the engine; 0 after Shutdown, 1 if it cannot go on (the gate has the reason)."""
+    arguments = EngineArguments.parse(sys.argv[1])
+    die_with_parent(arguments.parent_pid)
+    set_process_name("penstock-engine")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the gate decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.configure("engine", arguments.spec.log_level)
+    events_ring = RingWriter(RingHandle.decode(arguments.events))
+    try:
+        serve(arguments, events_ring, Vitals(arguments.vitals_fd))
+    except ExecutorError as error:
+        events_ring.put(events.encode(events.Failed(str(error))))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
