@@ -1,0 +1,67 @@
+"""Whatever happens, in whatever order: every request ends as if it were alone, and nothing is lost."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.core_driver import VOCAB, Driver, random_prompt, undisturbed
+
+from penstock.scheduler.records.events import Finish
+
+DEPTHS = [(1, 0), (2, 1), (4, 0), (3, 2)]
+
+
+def drive(rng: random.Random, depth: tuple[int, int], steps: int, *, blocks: int, cancels: float) -> Driver:
+    """Random arrivals, cancels, deadlines and delays for that many steps, then the end."""
+    driver = Driver(*depth, blocks=blocks, slots=rng.choice([1, 8, 16, 16]), step_tokens=rng.randint(16, 64))
+    expected: dict[int, list[int]] = {}
+    disturbed: set[int] = set()
+    handle = 0
+    for _ in range(steps):
+        if rng.random() < 0.2:
+            handle += 1
+            prompt, most = random_prompt(rng, 120), rng.randint(1, 100)
+            least, stops = rng.randint(0, most), [rng.randrange(VOCAB) for _ in range(rng.randint(0, 30))]
+            deadline = driver.now + rng.randint(0, 400) if rng.random() < cancels else 0
+            disturbed.update([handle] if deadline else [])
+            expected[handle] = undisturbed(prompt, most, least, stops)
+            driver.submit(handle, prompt, most, least, stops, deadline=deadline)
+        if handle and rng.random() < cancels:
+            victim = rng.randint(1, handle)
+            disturbed.add(victim)
+            driver.core.cancel(victim, driver.now)
+        driver.core.expire(driver.now)
+        if len(driver.answers) < depth[0]:
+            driver.plan()
+        if driver.answers and (len(driver.answers) == depth[0] or rng.random() < 0.5):
+            driver.absorb()
+    driver.run()
+    assert driver.at_rest()
+    assert driver.finished.keys() == expected.keys()
+    for handle, output in expected.items():
+        got = driver.outputs[handle]
+        assert got == output[: len(got)]
+        if handle not in disturbed:
+            assert got == output
+            assert driver.finished[handle].reason in (Finish.STOP, Finish.LENGTH)
+    return driver
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("blocks", [16, 24, 200])
+def test_two_thousand_steps(depth: tuple[int, int], blocks: int) -> None:
+    driver = drive(random.Random(f"{depth}{blocks}"), depth, 2000, blocks=blocks, cancels=0.05)
+    assert len(driver.finished) > 300
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_twenty_thousand_steps(depth: tuple[int, int]) -> None:
+    drive(random.Random(str(depth)), depth, 20_000, blocks=20, cancels=0.05)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.randoms(use_true_random=False), st.sampled_from(DEPTHS), st.integers(16, 60), st.sampled_from([0.0, 0.3]))
+def test_any_script(rng: random.Random, depth: tuple[int, int], blocks: int, cancels: float) -> None:
+    drive(rng, depth, 60, blocks=blocks, cancels=cancels)
