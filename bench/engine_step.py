@@ -10,14 +10,13 @@ import time
 from collections import deque
 from typing import Any
 
-from record import percentile, save
-
 from penstock.executor.simulated import SimulatedDevice, describe
 from penstock.executor.step import ModelInfo, ModelSpec, Sampling, encode_plan, pack_u32
 from penstock.scheduler.core.planner import Core
 from penstock.scheduler.core.policies.fcfs import FirstComeFirstServed
 from penstock.scheduler.records import events
 from penstock.scheduler.records.commands import Submit, SubmitSample
+from record import percentile, save
 
 _PROMPT = 64
 
@@ -51,7 +50,7 @@ class Traffic:
         arrival = time.monotonic_ns()
         traced = self.handle % 8 == 0
         self.core.submit(
-            Submit((sample,), prompt, Sampling(), max_tokens, arrival, stop_ids=b"\x01\0\0\0", ignore_eos=True, traced=traced)
+            Submit((sample,), prompt, Sampling(), max_tokens, arrival, stop_ids=pack_u32([1]), traced=traced)
         )
 
     def step(self) -> float:

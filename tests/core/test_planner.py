@@ -2,12 +2,12 @@
 
 import msgspec
 import pytest
-from support.core_driver import Driver, undisturbed
 
 from penstock.executor.step import FRAGMENT_TOKENS, SlotFailure, StepResult, unpack_u32
 from penstock.scheduler.core.planner import Core
 from penstock.scheduler.core.policies.fcfs import FirstComeFirstServed
 from penstock.scheduler.records.events import Finish, Span
+from support.core_driver import Driver, undisturbed
 
 
 def test_decodes_come_first_and_prompts_fill_the_rest_in_chunks() -> None:

@@ -5,9 +5,9 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.core_driver import VOCAB, Driver, random_prompt, undisturbed
 
 from penstock.scheduler.records.events import Finish
+from support.core_driver import VOCAB, Driver, random_prompt, undisturbed
 
 DEPTHS = [(1, 0), (2, 1), (4, 0), (3, 2)]
 

@@ -8,7 +8,16 @@ from collections.abc import Sequence as Ids
 import msgspec
 
 from penstock.executor.simulated import SimulatedDevice, answer, describe
-from penstock.executor.step import ModelSpec, Sampling, StepPlan, StepResult, decode_plan, encode_plan, pack_u32, unpack_u32
+from penstock.executor.step import (
+    ModelSpec,
+    Sampling,
+    StepPlan,
+    StepResult,
+    decode_plan,
+    encode_plan,
+    pack_u32,
+    unpack_u32,
+)
 from penstock.scheduler.core.planner import Core
 from penstock.scheduler.core.policies.fcfs import FirstComeFirstServed
 from penstock.scheduler.core.sequence import State

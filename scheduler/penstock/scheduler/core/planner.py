@@ -11,8 +11,8 @@ policy names a victim, which frees everything, waits, and computes it all again 
 always goes on, since the pool holds at least one sequence of full length: nothing can lock up.
 
 A plan may be made while others are in flight. ``Sequence.ahead`` counts what they sample and nobody knows yet; a
-sequence whose last possible token is among it has nothing left to compute and leaves its slot at once, its results still
-to come. Everything is deterministic: time comes in as ``now``, in nanoseconds.
+sequence whose last possible token is among it has nothing left to compute and leaves its slot at once, its results
+still to come. Everything is deterministic: time comes in as ``now``, in nanoseconds.
 """
 
 import heapq
@@ -385,7 +385,8 @@ class Core:
         sequence.blocks.clear()
         sequence.capacity = 0
         sequence.active = False
-        self._members = []  # who comes back may have another slot
+        self._members = []  # who comes back may have another slot,
+        self._rows = []  # and who is gone is not held
 
     def _preempt(self, victim: Sequence, cause: str, now: int) -> None:
         self._preemptions += 1

@@ -20,9 +20,9 @@ def create_executor(name: str) -> Executor:
     """The executor of that name; only its own modules are loaded. Raises ExecutorError for an unknown one."""
     match name:
         case "uniproc":
-            from penstock.executor.uniproc import UniProcExecutor
+            from penstock.executor.uniproc import UniprocExecutor
 
-            return UniProcExecutor()
+            return UniprocExecutor()
         case "simulated":
             from penstock.executor.simulated import SimulatedExecutor
 

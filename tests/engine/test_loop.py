@@ -1,0 +1,178 @@
+"""The loop over real rings and the simulated executor."""
+
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import pytest
+
+from penstock.executor.executor import Executor
+from penstock.executor.ring import RingReader, RingWriter, create_ring
+from penstock.executor.simulated import SimulatedExecutor, answer
+from penstock.executor.step import ModelInfo, ModelSpec, Sampling, StepPlan, pack_u32, unpack_u32
+from penstock.scheduler.engine.loop import Loop
+from penstock.scheduler.records import commands, events
+from penstock.scheduler.records.vitals import EngineState, Vitals
+
+
+class Bench:
+    """A loop and the gate's ends of its rings."""
+
+    def __init__(self, *, depth: int, step_us: int, ring_bytes: int = 1 << 20, slots: int = 64) -> None:
+        executor: Executor = SimulatedExecutor()
+        spec = ModelSpec(path="/nonexistent", plans_in_flight=depth, step_us=step_us, max_sequences=slots)
+        self.info: ModelInfo = executor.start(spec, lambda stage, done, total: None)
+        self.executor = executor
+        command_ring, event_ring = create_ring(1 << 20), create_ring(ring_bytes)
+        self.commands, self.events = RingWriter(command_ring), RingReader(event_ring)
+        self.vitals = Vitals.create()
+        self.loop = Loop(self.info, executor, RingReader(command_ring), RingWriter(event_ring), self.vitals)
+        self.outputs: dict[int, list[int]] = {}
+        self.finished: dict[int, events.Finished] = {}
+        self.load: events.Load | None = None
+
+    def send(self, command: commands.Command) -> None:
+        assert self.commands.put(commands.encode(command))
+
+    def submit(self, handle: int, max_tokens: int, prompt: range = range(20)) -> None:
+        sample = commands.SubmitSample(handle, 0, 1)
+        self.send(commands.Submit((sample,), pack_u32(list(prompt)), Sampling(), max_tokens, time.monotonic_ns()))
+
+    def take(self, timeout_s: float = 0.0) -> bool:
+        data = self.events.wait(timeout_s)
+        if data is None:
+            return False
+        match events.decode(data):
+            case events.Step() as step:
+                ids = iter(unpack_u32(step.ids))
+                for handle, count in zip(unpack_u32(step.handles), step.counts, strict=True):
+                    self.outputs.setdefault(handle, []).extend(next(ids) for _ in range(count))
+                self.finished.update((finished.handle, finished) for finished in step.finished)
+            case events.LoadReport(load):
+                self.load = load
+        return True
+
+    def turn_until_finished(self, count: int, turns: int = 20_000) -> None:
+        for _ in range(turns):
+            if len(self.finished) == count:
+                return
+            self.loop.turn()
+            while self.take():
+                pass
+        raise AssertionError(f"{len(self.finished)} of {count} ended")
+
+
+@contextmanager
+def running(bench: Bench) -> Iterator[None]:
+    """The loop on a thread of its own."""
+    thread = threading.Thread(target=bench.loop.run)
+    thread.start()
+    try:
+        yield
+    finally:
+        bench.send(commands.Shutdown())
+        thread.join(5)
+        bench.executor.shutdown()
+    assert not thread.is_alive()
+
+
+def undisturbed(prompt: range, count: int, vocab_size: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(answer(ids, vocab_size))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_tokens_come_out_as_if_alone(depth: int) -> None:
+    bench = Bench(depth=depth, step_us=0)
+    for handle in range(1, 20):
+        bench.submit(handle, 10 * handle, range(handle))
+    bench.turn_until_finished(19)
+    for handle in range(1, 20):
+        assert bench.outputs[handle] == undisturbed(range(handle), 10 * handle, bench.info.vocab_size)
+    assert bench.load is not None
+
+
+def test_a_full_event_ring_loses_nothing_and_stops_planning() -> None:
+    bench = Bench(depth=2, step_us=0, ring_bytes=16_384)
+    for handle in range(1, 40):
+        bench.submit(handle, 100)
+    for _ in range(120):
+        bench.loop.turn()
+    before = bench.vitals.tick
+    bench.loop.turn()
+    assert bench.vitals.tick == before + 1, "the engine lives while it waits"
+    assert bench.loop._backlog
+    assert len(bench.loop._backlog) <= 4
+    bench.turn_until_finished(39)
+    expected = undisturbed(range(20), 100, bench.info.vocab_size)
+    assert all(output == expected for output in bench.outputs.values())
+
+
+def test_cancel_and_drain() -> None:
+    bench = Bench(depth=2, step_us=0)
+    bench.submit(1, 4000)
+    for _ in range(20):
+        bench.loop.turn()
+    bench.send(commands.Cancel(pack_u32([1, 77])))
+    bench.send(commands.Drain())
+    bench.turn_until_finished(1)
+    assert bench.finished[1].reason == events.Finish.CANCELLED
+    assert bench.vitals.state is EngineState.DRAINING
+
+
+def test_an_idle_engine_ticks_and_reports() -> None:
+    bench = Bench(depth=2, step_us=0)
+    with running(bench):
+        before = bench.vitals.tick
+        time.sleep(1.0)
+        assert bench.vitals.tick - before >= 10
+        reports = 0
+        while bench.take():
+            reports += 1
+    assert 8 <= reports <= 12
+
+
+def test_planning_hides_behind_the_device() -> None:
+    """A step of 10 ms and a planner of 8 ms follow one another every 10 ms, not every 18."""
+    bench = Bench(depth=2, step_us=10_000)
+    plan = bench.loop.core.plan
+    ends: list[float] = []
+
+    def slow_plan(now: int) -> StepPlan | None:
+        time.sleep(0.008)
+        return plan(now)
+
+    bench.loop.core.plan = slow_plan  # type: ignore[method-assign]
+    bench.submit(1, 120)
+    with running(bench):
+        while 1 not in bench.finished:
+            assert bench.take(2.0)
+            if len(ends) < len(bench.outputs.get(1, ())):
+                ends.append(time.monotonic())
+    periods = [(b - a) * 1000 for a, b in pairwise(ends[40:])]
+    assert 9 < statistics.median(periods) < 12
+
+
+def test_a_plan_is_made_late_so_that_arrivals_are_in_it() -> None:
+    """With 20 ms steps and a fast planner, who arrives in the middle of a step is in the next one."""
+    bench = Bench(depth=2, step_us=20_000)
+    waits: list[float] = []
+    bench.submit(1, 150)
+    with running(bench):
+        while len(bench.outputs.get(1, ())) < 20:
+            assert bench.take(2.0)
+        for handle in range(2, 30):
+            time.sleep(0.025 + handle * 0.0007)
+            arrived = time.monotonic_ns()
+            bench.submit(handle, 1)
+            while handle not in bench.finished:
+                assert bench.take(2.0)
+            waits.append((bench.finished[handle].started_ns - arrived) / 1e6)
+        bench.send(commands.Cancel(pack_u32([1])))
+    assert statistics.median(waits) < 21, "at most one step and a lead"
+    assert max(waits) < 60

@@ -1,0 +1,140 @@
+"""Random tiny Llama checkpoints, made from a seed: small enough for tests, complete enough to be served."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
+
+LLAMA3_SCALING: dict[str, object] = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TinyLlama:
+    """The shape of a tiny model. The defaults have 4 query heads on 2 key heads and an untied head."""
+
+    vocab_size: int = 320
+    hidden_size: int = 64
+    intermediate_size: int = 96
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 16
+    max_position_embeddings: int = 512
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    eos_token_id: int | None = 2
+    rope_theta: float = 10_000.0
+    rope_scaling: dict[str, object] | None = None
+    rope_parameters: dict[str, object] | None = None
+    dtype: str = "float32"
+
+    def config(self) -> dict[str, object]:
+        """``config.json``."""
+        shape = {key: value for key, value in asdict(self).items() if value is not None or key == "eos_token_id"}
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "bos_token_id": 1,
+            **shape,
+        }
+
+
+def random_weights(shape: TinyLlama, seed: int) -> dict[str, Tensor]:
+    """The tensors of a checkpoint; large enough weights that greedy choices are far apart."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype: torch.dtype = getattr(torch, shape.dtype)
+
+    def random(*size: int, scale: float) -> Tensor:
+        return (torch.randn(*size, generator=generator) * scale).to(dtype)
+
+    def linear(name: str, outputs: int, inputs: int, bias: bool) -> dict[str, Tensor]:
+        found = {f"{name}.weight": random(outputs, inputs, scale=1.5 / inputs**0.5)}
+        return found | ({f"{name}.bias": random(outputs, scale=0.3)} if bias else {})
+
+    def norm(name: str) -> dict[str, Tensor]:
+        return {f"{name}.weight": 1 + random(shape.hidden_size, scale=0.1)}
+
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    queries, shared = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    found = {"model.embed_tokens.weight": random(shape.vocab_size, hidden, scale=1.0)}
+    for number in range(shape.num_hidden_layers):
+        layer = f"model.layers.{number}"
+        for part, outputs in (("q", queries), ("k", shared), ("v", shared)):
+            found |= linear(f"{layer}.self_attn.{part}_proj", outputs, hidden, shape.attention_bias)
+        found |= linear(f"{layer}.self_attn.o_proj", hidden, queries, shape.attention_bias)
+        found |= linear(f"{layer}.mlp.gate_proj", inner, hidden, shape.mlp_bias)
+        found |= linear(f"{layer}.mlp.up_proj", inner, hidden, shape.mlp_bias)
+        found |= linear(f"{layer}.mlp.down_proj", hidden, inner, shape.mlp_bias)
+        found |= norm(f"{layer}.input_layernorm") | norm(f"{layer}.post_attention_layernorm")
+    found |= norm("model.norm")
+    if not shape.tie_word_embeddings:
+        found["lm_head.weight"] = random(shape.vocab_size, hidden, scale=1.5 / hidden**0.5)
+    return found
+
+
+def build_tiny_llama(
+    folder: Path, *, seed: int = 0, shape: TinyLlama | None = None, shards: int = 1, tokenizer: bool = False
+) -> Path:
+    """Write a checkpoint into ``folder`` (made if need be) and return it.
+
+    ``shards`` > 1 writes that many files and their index; ``tokenizer`` adds ``tokenizer.json`` and
+    ``tokenizer_config.json`` (byte-level: every text can be encoded, every id below 259 be decoded).
+    """
+    shape = shape or TinyLlama()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(shape.config(), indent=2))
+    save_weights(folder, random_weights(shape, seed), shards)
+    if tokenizer:
+        save_tokenizer(folder, shape.vocab_size)
+    return folder
+
+
+def save_weights(folder: Path, weights: dict[str, Tensor], shards: int = 1) -> None:
+    """Write ``weights`` as one safetensors file, or as several with an index."""
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = list(weights)
+    shard_of: dict[str, str] = {}
+    for number in range(shards):
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        part = {name: weights[name] for name in names[number::shards]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        shard_of |= dict.fromkeys(part, file)
+    total = sum(tensor.nbytes for tensor in weights.values())
+    index = {"metadata": {"total_size": total}, "weight_map": shard_of}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def save_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A byte-level tokenizer without merges: ids 0…2 are pad, bos, eos, 3…258 the bytes, then fillers."""
+    special = ["<pad>", "<s>", "</s>"]
+    letters = sorted(ByteLevel.alphabet())
+    fillers = [f"<filler{number}>" for number in range(vocab_size - len(special) - len(letters))]
+    vocabulary = {token: number for number, token in enumerate([*special, *letters, *fillers])}
+    tokenizer = Tokenizer(BPE(vocabulary, [], fuse_unk=False))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}<assistant>"
+    config = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
