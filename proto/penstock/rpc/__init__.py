@@ -1,0 +1,5 @@
+"""Typed messages on grpcio: handlers, stubs, rich errors, TLS, health, reflection.
+
+The client path (``channel``, ``stubs``, ``errors``, ``codec``, ``tls``) needs grpcio, grpcio-status and protobuf;
+``health`` and ``reflection`` need their grpcio packages too and are imported by servers only.
+"""
