@@ -4,8 +4,8 @@ A message is a u32 length and its bytes, padded to eight. Positions are byte cou
 64-bit words: a plain store of one is seen whole, and on x86-64 stores are seen in order, so that who sees the position
 sees the bytes before it. Elsewhere the wake-up call, a system call, is the fence for a sleeper.
 
-A reader that finds nothing says that it sleeps, *looks again*, and only then waits on its eventfd; a writer that finds a
-sleeper wakes it. So no wake-up is lost, a busy reader costs the writer nothing, and an idle one burns nothing.
+A reader that finds nothing says that it sleeps, *looks again*, and only then waits on its eventfd; a writer that finds
+a sleeper wakes it. So no wake-up is lost, a busy reader costs the writer nothing, and an idle one burns nothing.
 """
 
 import contextlib

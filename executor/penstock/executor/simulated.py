@@ -3,7 +3,7 @@
 The "model": a hash runs over the ids, h₋₁ = 0 and hₚ = (31 · hₚ₋₁ + idₚ + 1) mod 2³², and the token after position p is
 hₚ mod V. :func:`answer` computes it. Instead of keys and values, position p's place in the paged pool holds hₚ, and a
 step reads its predecessor from there *through the block table*: a wrong table, a block that was given to two sequences
-or one that was freed too early changes the answer. Sampling parameters but the stop conditions are ignored: it is greedy.
+or one that was freed too early changes the answer. Sampling parameters but the stop conditions are ignored.
 
 The "device" takes ``step_us`` for each plan and works on one plan after another; 0: no time at all.
 """

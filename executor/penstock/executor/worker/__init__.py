@@ -1,0 +1,1 @@
+"""The side of the executor that owns tensors: slots, pages, the model, sampling."""

@@ -1,0 +1,122 @@
+"""A model, its pages and its slots: runs plan after plan."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from penstock.executor.executor import ExecutorError
+from penstock.executor.layers.attention import AttentionBatch, LayerCache
+from penstock.executor.models.config import ModelConfig, read_config
+from penstock.executor.models.registry import Model, build_model
+from penstock.executor.models.weights import ByteProgress, LoadedWeights, load_weights
+from penstock.executor.step import StepPlan, StepResult, pack_u32
+from penstock.executor.worker.batch_state import BatchState
+from penstock.executor.worker.sampler import choose_tokens
+from penstock.executor.worker.slots import Capacity
+from penstock.executor.worker.step_input import StepInput
+from penstock.kernels.attention.reference import Scratch
+
+DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model whose parameters are set."""
+
+    model: Model
+    config: ModelConfig
+    weights: LoadedWeights
+    dtype: torch.dtype
+
+    @property
+    def digest(self) -> str:
+        """What the model computes: its weights and its configuration, 128 bits as hex."""
+        return hashlib.blake2b(f"{self.config} {self.weights.digest}".encode(), digest_size=16).hexdigest()
+
+
+def load_model(folder: Path, dtype: str, on_progress: ByteProgress) -> LoadedModel:
+    """Read a local checkpoint; ``dtype`` "auto" is its own.
+
+    Raises CheckpointError, and ExecutorError for a dtype that is not offered.
+    """
+    config = read_config(folder)
+    name = config.dtype if dtype == "auto" else dtype
+    if name not in DTYPES:
+        raise ExecutorError(f"dtype {name!r} is not supported, only 'auto', {', '.join(map(repr, DTYPES))}")
+    model = build_model(folder, config, DTYPES[name])
+    return LoadedModel(model, config, load_weights(model, folder, on_progress), DTYPES[name])
+
+
+class ModelRunner:
+    """Executes plans strictly in order. Not thread-safe."""
+
+    def __init__(self, loaded: LoadedModel, pages: tuple[LayerCache, ...], capacity: Capacity) -> None:
+        """``pages``: one cache per layer, of ``capacity.num_blocks`` blocks."""
+        self._model, self._pages = loaded.model, pages
+        self._scratch = Scratch(loaded.dtype)
+        self._capacity = capacity
+        self._batch = BatchState(capacity)
+        self._epoch = 0
+        self._number = 0
+
+    @torch.inference_mode()
+    def execute_model(self, plan: StepPlan) -> StepResult:
+        """Apply the plan and compute its step.
+
+        A slot of which something impossible is asked, or whose logits are not finite, fails alone. Raises
+        ExecutorError for a plan out of order or of a kind that is not offered, ValueError for a malformed one.
+        """
+        started = time.perf_counter_ns()
+        self._take_turn(plan)
+        self._batch.apply(plan)
+        step = self._batch.compose()
+        made = self._compute(step) if step is not None else {}
+        rows = self._batch.rows
+        return StepResult(
+            epoch=plan.epoch,
+            number=plan.number,
+            counts=bytes(slot in made for slot in rows),
+            ids=pack_u32(array("I", [made[slot] for slot in rows if slot in made])),
+            failed=tuple(self._batch.failures),
+            device_ns=time.perf_counter_ns() - started,
+        )
+
+    def _take_turn(self, plan: StepPlan) -> None:
+        if plan.epoch != self._epoch:
+            self._epoch, self._number = plan.epoch, 0
+            self._batch = BatchState(self._capacity)
+        if plan.number != self._number + 1:
+            raise ExecutorError(f"plan {plan.number} came where {self._number + 1} was due")
+        self._number = plan.number
+        if plan.repeat != 1 or plan.copies:
+            raise ExecutorError(f"plan {plan.number} asks for bursts or block copies, which are not offered")
+
+    def _compute(self, step: StepInput) -> dict[int, int]:
+        """Slot → token."""
+        hidden, choosing = self._forward(step), step.choosing
+        if not choosing.slots.numel():
+            return self._batch.absorb(step, choosing.slots, choosing.slots.bool())
+        logits = self._model.logits(hidden[step.last_rows])
+        outputs = self._batch.tensors.outputs[choosing.slots]
+        positions = step.positions[step.last_rows] + 1
+        tokens, sound = choose_tokens(logits, choosing, outputs, positions)
+        return self._batch.absorb(step, tokens, sound)
+
+    def _forward(self, step: StepInput) -> Tensor:
+        batch = AttentionBatch.build(
+            step.positions,
+            step.query_start,
+            step.context_lengths,
+            step.block_tables,
+            block_tokens=self._capacity.block_tokens,
+            scratch=self._scratch,
+        )
+        return self._model.forward(step.ids, step.positions, batch, self._pages)

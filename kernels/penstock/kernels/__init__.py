@@ -1,0 +1,1 @@
+"""Operations on tensors. Nothing here knows a request, a model or a configuration."""
