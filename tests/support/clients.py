@@ -61,6 +61,16 @@ async def status(address: str) -> GetStatusResponse:
         return await stubs.scheduler.get_status(GetStatusRequest(), timeout=5)
 
 
+async def status_at_rest(address: str) -> GetStatusResponse:
+    """The same, once nothing waits or runs: what it counts is up to 0.1 s old."""
+    async with asyncio.timeout(10):
+        while True:
+            seen = await status(address)
+            if seen.load is not None and (seen.load.waiting, seen.load.running, seen.attempts) == (0, 0, 0):
+                return seen
+            await asyncio.sleep(0.05)
+
+
 async def until(condition: Any, timeout_s: float = 10.0, what: str = "") -> None:
     """Until an async condition is true; AssertionError after that time."""
     async with asyncio.timeout(timeout_s):

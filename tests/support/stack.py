@@ -5,11 +5,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
+import grpc
 import psutil
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 
 class Role:
@@ -20,21 +24,34 @@ class Role:
         os.set_inheritable(writer, True)
         own = ["--ready-fd", str(writer), "--parent-pid", str(os.getpid())]
         command = [sys.executable, "-m", module, *arguments, *own]
-        self.process = subprocess.Popen(command, pass_fds=[writer], stderr=subprocess.PIPE, text=True)
+        descriptor, path = tempfile.mkstemp()  # a pipe that nobody empties would stop it
+        self._errors = Path(path)
+        self.process = subprocess.Popen(command, pass_fds=[writer], stderr=descriptor)
+        os.close(descriptor)
         os.close(writer)
         with os.fdopen(reader) as pipe:
             line = pipe.readline()
         if not line:
-            _, errors = self.process.communicate(timeout=ready_s)
-            raise AssertionError(f"{module} is not ready: {errors}")
+            self.process.wait(ready_s)
+            raise AssertionError(f"{module} is not ready: {self.errors}")
         self.address: str = json.loads(line)["address"]
-        assert self.process.stderr is not None
-        self._errors = self.process.stderr
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._errors.unlink()
 
     @property
     def pid(self) -> int:
         """The role's process id."""
         return self.process.pid
+
+    @property
+    def errors(self) -> str:
+        """What it wrote to stderr so far."""
+        return self._errors.read_text()
 
     def children(self) -> list[psutil.Process]:
         """Processes that the role started."""
@@ -45,11 +62,10 @@ class Role:
         if self.process.poll() is None:
             self.process.terminate()
         try:
-            _, self.errors = self.process.communicate(timeout=30)
+            return self.process.wait(30)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
-        return self.process.returncode
 
 
 def flags(settings: Mapping[str, object]) -> list[str]:
@@ -82,10 +98,8 @@ def scheduler(model: Path, **settings: object) -> Iterator[Role]:
     role = Role(
         "penstock.scheduler.gate.main", [str(model), *flags({"grpc_address": "127.0.0.1:0", **settings})]
     )
-    try:
+    with role:
         yield role
-    finally:
-        role.stop()
 
 
 @contextlib.contextmanager
@@ -95,10 +109,8 @@ def service(schedulers: Sequence[str], **settings: object) -> Iterator[Role]:
         "penstock.service.main",
         flags({"grpc_address": "127.0.0.1:0", "schedulers": ",".join(schedulers), **settings}),
     )
-    try:
+    with role:
         yield role
-    finally:
-        role.stop()
 
 
 @contextlib.contextmanager
@@ -109,7 +121,15 @@ def stack(model: Path, **settings: object) -> Iterator[Stack]:
         scheduler(model, **settings) as scheduler_role,
         service([scheduler_role.address], **tracing) as service_role,
     ):
+        wait_until(lambda: healthy(service_role.address), what="the service reaches its scheduler")
         yield Stack(scheduler_role, service_role)
+
+
+def healthy(address: str, name: str = "") -> bool:
+    """Whether grpc.health.v1 says SERVING."""
+    with grpc.insecure_channel(address) as channel:
+        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=name), timeout=5)
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 def wait_until(condition: "object", timeout_s: float = 10.0, what: str = "") -> None:
