@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping
 from typing import Final
 
+from penstock.config.errors import ConfigError
+
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
 
@@ -27,6 +29,16 @@ def set_process_name(name: str) -> None:
     """Name this process in ``ps`` and ``pstree``; at most 15 bytes are kept (prctl(2), PR_SET_NAME; Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode()[:15])
+
+
+def check_ready_fd(fd: int | None) -> None:
+    """Call it before anything is opened. Raises ConfigError if ``fd`` was not inherited: it would be another file's."""
+    if fd is None:
+        return
+    try:
+        os.fstat(fd)
+    except OSError:
+        raise ConfigError(f"ready_fd: descriptor {fd} is not open") from None
 
 
 def report_ready(fd: int, facts: Mapping[str, str | int]) -> None:

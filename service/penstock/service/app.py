@@ -63,7 +63,7 @@ class Service:
                 tokenizers=tokenizers,
                 settings=LinkSettings(config.silence, config.session_grace),
                 open_channel=partial(open_channel, credentials=credentials),
-                on_change=self._tell_health,
+                on_change=self._changed,
             )
             for address in config.schedulers
         )
@@ -122,6 +122,10 @@ class Service:
         done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
+
+    def _changed(self) -> None:
+        self.fleet.wake()
+        self._tell_health()
 
     def _tell_health(self) -> None:
         usable = self._serving and self.fleet.usable

@@ -91,9 +91,9 @@ class Intake:
             max_tokens = resolve_max_tokens(checked, checked.prompt.field, len(ids), model, violations)
         if violations:
             raise errors.invalid(violations)
-        return self._submit(checked, ids, max_tokens, model, tokenizer, call)
+        return await self._submit(checked, ids, max_tokens, model, tokenizer, call)
 
-    def _submit(
+    async def _submit(
         self,
         checked: CheckedRequest,
         ids: "array[int]",
@@ -122,7 +122,7 @@ class Intake:
         )
         call.check_deadline()
         with call.child("route") as span:
-            link = self._fleet.choose(model, len(ids))
+            link = await self._fleet.choose(model, len(ids))
             span.set_attribute("penstock.replica", link.replica)
         call.note("replica", link.replica)
         link.submit(attempt)

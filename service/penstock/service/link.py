@@ -132,6 +132,11 @@ class Link:
             and self._tokenizers.get(self._facts.tokenizer_digest) is not None
         )
 
+    @property
+    def reconnecting(self) -> bool:
+        """Whether its stream broke a moment ago, and is being replaced."""
+        return self._outbox is None and self._expiry is not None
+
     def submit(self, attempt: Attempt) -> None:
         """Hand an attempt to the scheduler; at once, or when the stream is back."""
         self._ledger.add(attempt)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from penstock.config import ConfigError, load, run_or_exit
-from penstock.config.process import die_with_parent, report_ready, set_process_name
+from penstock.config.process import check_ready_fd, die_with_parent, report_ready, set_process_name
 from penstock.rpc.server import BindError
 from penstock.service.app import Service
 from penstock.service.config import ServiceConfig
@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT. Raises `ConfigError`."""
     arguments = sys.argv[1:] if argv is None else argv
     config = load(ServiceConfig, arguments, os.environ, prog="python -m penstock.service.main", description=DESCRIPTION)
+    check_ready_fd(config.ready_fd)
     if config.parent_pid is not None:
         die_with_parent(config.parent_pid)
     set_process_name("penstock-service")

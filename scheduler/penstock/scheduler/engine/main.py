@@ -6,7 +6,8 @@ import sys
 import threading
 
 from penstock.config.process import die_with_parent, set_process_name
-from penstock.executor.executor import Executor, ExecutorError
+from penstock.executor.executor import Executor, ExecutorError, Progress
+from penstock.executor.models.progress import ProgressBar
 from penstock.executor.ring import RingHandle, RingReader, RingWriter
 from penstock.executor.step import ModelInfo, ModelSpec
 from penstock.scheduler.engine.loop import Loop
@@ -31,13 +32,13 @@ def create_executor(name: str) -> Executor:
             raise ExecutorError(f"unknown executor {name!r}: uniproc or simulated")
 
 
-def start_executor(executor: Executor, spec: ModelSpec, vitals: Vitals) -> ModelInfo:
+def start_executor(executor: Executor, spec: ModelSpec, vitals: Vitals, progress: Progress) -> ModelInfo:
     """Start the executor on a thread of its own while this one keeps ticking. Raises what start raises."""
     outcome: list[ModelInfo | BaseException] = []
 
     def start() -> None:
         try:
-            outcome.append(executor.start(spec, lambda stage, done, total: None))
+            outcome.append(executor.start(spec, progress))
         except BaseException as error:  # noqa: BLE001  # handed to the caller
             outcome.append(error)
 
@@ -52,11 +53,18 @@ def start_executor(executor: Executor, spec: ModelSpec, vitals: Vitals) -> Model
     return result
 
 
+def _progress(log_level: str) -> Progress:
+    """A bar on a terminal, lines in a log that wants them."""
+    if sys.stderr.isatty() or log_level in ("debug", "info"):
+        return ProgressBar()
+    return lambda stage, done, total: None
+
+
 def serve(arguments: EngineArguments, events_ring: RingWriter, vitals: Vitals) -> None:
     """Start, serve until told to end, shut down. Raises ExecutorError."""
     executor = create_executor(arguments.spec.executor)
     try:
-        info = start_executor(executor, arguments.spec.model, vitals)
+        info = start_executor(executor, arguments.spec.model, vitals, _progress(arguments.spec.log_level))
         try:
             loop = Loop(
                 info,
