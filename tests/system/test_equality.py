@@ -3,6 +3,7 @@
 import asyncio
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def prompts(count: int) -> list[tuple[list[int], int]]:
 def reference(model: Path, work: list[tuple[list[int], int]]) -> list[list[int]]:
     """Greedy continuations by transformers, one prompt at a time, in float32."""
     torch.set_num_threads(2)
-    llama = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
+    llama: Any = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
     outputs = []
     for prompt, most in work:
         ids = llama.generate(

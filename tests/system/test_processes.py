@@ -26,7 +26,8 @@ GENERATION = "penstock.v1.GenerationService"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", shape=TinyLlama(max_position_embeddings=8192), tokenizer=True)
+    shape = TinyLlama(max_position_embeddings=8192)
+    return build_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", shape=shape, tokenizer=True)
 
 
 @pytest.fixture

@@ -46,9 +46,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def test_the_whole_tree(model: Path) -> None:
     async with TraceReceiver() as receiver:
         telemetry = tracing.configure("client", endpoint=receiver.address)
-        with stack(
-            model, otlp_endpoint=receiver.address, executor="simulated", step_us=1000, max_step_tokens=16, max_sequences=4
-        ) as roles:
+        settings = {"executor": "simulated", "step_us": 1000, "max_step_tokens": 16, "max_sequences": 4}
+        with stack(model, otlp_endpoint=receiver.address, **settings) as roles:
             async with AsyncClient(roles.address, tracer=telemetry.tracer("penstock.client")) as client:
                 stream = client.stream(SECRET * 2, max_tokens=40, ignore_eos=True, request_id="traced-1")
                 async for _ in stream:

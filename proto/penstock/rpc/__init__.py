@@ -3,3 +3,5 @@
 The client path (``channel``, ``stubs``, ``errors``, ``codec``, ``tls``) needs grpcio, grpcio-status and protobuf;
 ``health`` and ``reflection`` need their grpcio packages too and are imported by servers only.
 """
+
+import penstock.v1 as _  # before betterproto2 is imported by anybody: it says how

@@ -1,12 +1,16 @@
 """A grpc.aio server with our limits and manners."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import grpc
-import grpc.aio
+# BindError tells of a taken port in one line; grpc's C core, which reads this when it is loaded, would add its own.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-from penstock.rpc.handlers import Limit, OnError, handlers
+import grpc  # noqa: E402
+import grpc.aio  # noqa: E402
+
+from penstock.rpc.handlers import Limit, OnError, handlers  # noqa: E402
 
 __all__ = ["BindError", "Server", "handlers"]
 

@@ -28,6 +28,8 @@ from penstock.service.text.pool import EncodePool
 from penstock.telemetry.logging import get_logger
 from penstock.telemetry.tracing import Tracing
 
+NO_PROXY: Final = (("grpc.enable_http_proxy", 0),)
+"""Schedulers are neighbours: http_proxy is not meant for them."""
 CANCEL_SECONDS: Final = 0.2
 """For handlers that are cut off, and for their cancels to reach the schedulers."""
 
@@ -62,7 +64,7 @@ class Service:
                 service_id=service_id,
                 tokenizers=tokenizers,
                 settings=LinkSettings(config.silence, config.session_grace),
-                open_channel=partial(open_channel, credentials=credentials),
+                open_channel=partial(open_channel, credentials=credentials, options=NO_PROXY),
                 on_change=self._changed,
             )
             for address in config.schedulers

@@ -49,7 +49,7 @@ def fake(gated: Gated) -> Tokenizer:
 
 async def until(condition: Any) -> None:
     async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - threads cannot set an asyncio.Event
+        while not condition():  # threads cannot set an asyncio.Event
             await asyncio.sleep(0.001)
 
 

@@ -1,0 +1,71 @@
+# What a person types. Each target is quiet when all is well.
+PYTHON ?= python3
+VENV ?= .venv
+# An index with the build of torch that is wanted, such as https://download.pytorch.org/whl/cpu on a machine
+# without a GPU. Empty: pip's own configuration decides.
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+TORCH := $(shell grep '^torch==' constraints.txt)
+RELEASED := proto/released.binpb
+
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test test-long lint lint-code lint-proto proto bench clean
+
+help:
+	@echo "make demo       stream one completion through every role and draw its trace"
+	@echo "make test       the tests; make test-long: those that take longer, too"
+	@echo "make lint       ruff, mypy, import-linter, buf, generated code"
+	@echo "make venv       .venv with all that development needs"
+	@echo "make proto      generate the messages anew"
+	@echo "make bench      measure; results go to bench/results"
+	@echo "make clean      remove .venv and caches"
+
+# What runs: Python ≥ 3.11, torch first (from its own index if one is named), then the rest.
+$(VENV)/.runs: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: $(PYTHON) is older than Python 3.11; name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) …"
+	@$(PIP) install $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) --extra-index-url https://pypi.org/simple)
+	@$(PIP) install -c constraints.txt 'hatchling>=1.27' 'editables>=0.5'
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[all]'
+	@touch $@
+
+# What develops: the tools, too.
+$(VENV)/.develops: $(VENV)/.runs
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+venv: $(VENV)/.develops
+
+demo: $(VENV)/.runs
+	@$(BIN)/penstock demo
+
+test: $(VENV)/.develops
+	@$(BIN)/python -m pytest -m "not gpu and not long"
+
+test-long: $(VENV)/.develops
+	@$(BIN)/python -m pytest -m "not gpu"
+
+lint: lint-code lint-proto
+
+lint-code: $(VENV)/.develops
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/lint-imports --no-logo
+
+lint-proto: $(VENV)/.develops
+	@cd proto && ../$(BIN)/buf lint
+	@if [ -f $(RELEASED) ]; then cd proto && ../$(BIN)/buf breaking --against ../$(RELEASED); fi
+	@$(BIN)/python tools/generate_messages.py --check
+
+proto: $(VENV)/.develops
+	@$(BIN)/python tools/generate_messages.py
+
+bench: $(VENV)/.develops
+	@for script in $$(grep -l __main__ bench/*.py); do echo "$$script" && $(BIN)/python "$$script" || exit 1; done
+
+clean:
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""The gate process: the SchedulerService in front of one engine."""

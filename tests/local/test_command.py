@@ -1,0 +1,96 @@
+"""The `penstock` command from outside: help, mistakes, and finding a running `serve`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from penstock.local import state
+
+
+def penstock(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PENSTOCK_")}
+    return subprocess.run(
+        [sys.executable, "-m", "penstock.local.main", *arguments],
+        env={**kept, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_help_lists_the_commands() -> None:
+    done = penstock("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for command in ("serve", "generate", "trace", "demo", "service", "scheduler"):
+        assert f"\n  {command} " in done.stdout
+
+
+def test_no_command_shows_the_help() -> None:
+    done = penstock()
+    assert done.returncode == 2
+    assert "usage: penstock COMMAND" in done.stdout
+
+
+def test_the_version() -> None:
+    done = penstock("--version")
+    assert done.returncode == 0
+    assert done.stdout.startswith("penstock 0.")
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "trace", "demo", "service"])
+def test_each_command_has_help(command: str) -> None:
+    done = penstock(command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--set KEY=VALUE" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bake"], "unknown command 'bake'"),
+        (["serve", "--nope"], "unknown flag --nope"),
+        (["serve", "--grpc-adress", "x"], "did you mean --grpc-address?"),
+        (["serve", "--executor", "magic"], "expected one of uniproc, simulated"),
+        (["serve", "a", "b"], "MODEL_DIR is given twice"),
+        (["serve", "--set", "nonsense"], "expected key=value"),
+        (["generate"], "--text is required"),
+        (["generate", "x", "--max-tokens", "0"], "--max-tokens"),
+        (["generate", "x", "--max-tokens", "many"], "expected a whole number"),
+        (["trace", "xyz"], "expected 32 hexadecimal digits"),
+        (["demo", "extra"], "unexpected argument 'extra'"),
+        (["service", "--nope"], "unknown flag --nope"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], message: str) -> None:
+    done = penstock(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize("command", [("generate", "x"), ("trace",)])
+def test_nothing_is_running(tmp_path: Path, command: tuple[str, ...]) -> None:
+    done = penstock(*command, XDG_STATE_HOME=str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: no `penstock serve` is running: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [("generate", "x", "--timeout", "5"), ("trace",)])
+def test_a_serve_that_does_not_answer(tmp_path: Path, command: tuple[str, ...]) -> None:
+    entry = state.ServeState(
+        pid=os.getpid(),
+        started_ticks=state.started_ticks(os.getpid()) or 0,
+        grpc_address="127.0.0.1:1",
+        trace_address="127.0.0.1:1",
+        model="m",
+    )
+    state.write(entry, tmp_path / "penstock" / "serve.json")
+    done = penstock(*command, XDG_STATE_HOME=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
