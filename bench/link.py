@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 from record import save
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
-from support.stack import scheduler
 
 from penstock.local import embedded
 from penstock.rpc.channel import open_channel
@@ -29,6 +28,7 @@ from penstock.service.catalogue import Tokenizers
 from penstock.service.columns import pack_u32
 from penstock.service.link import Link, LinkSettings
 from penstock.v1 import CancelReason, Submit, SubmitSample, SubmitSampling
+from support.stack import scheduler
 
 SAMPLES = 256
 STEP_US = 2560

@@ -7,10 +7,10 @@ from typing import Any
 # BindError tells of a taken port in one line; grpc's C core, which reads this when it is loaded, would add its own.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-import grpc  # noqa: E402
-import grpc.aio  # noqa: E402
+import grpc
+import grpc.aio
 
-from penstock.rpc.handlers import Limit, OnError, handlers  # noqa: E402
+from penstock.rpc.handlers import Limit, OnError, handlers
 
 __all__ = ["BindError", "Server", "handlers"]
 
