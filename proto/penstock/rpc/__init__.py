@@ -4,4 +4,4 @@ The client path (``channel``, ``stubs``, ``errors``, ``codec``, ``tls``) needs g
 ``health`` and ``reflection`` need their grpcio packages too and are imported by servers only.
 """
 
-import penstock.v1 as v1  # before betterproto2 is imported by anybody: it says how
+import penstock.v1  # noqa: F401  # it says how betterproto2 is imported, before anybody does
