@@ -1,14 +1,17 @@
 """A session outlives its streams: no id is lost, none comes twice, nothing is computed twice."""
 
 import asyncio
+import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
 
 from gate.fake_engine import BURST, HOLD, STEADY, tokens
 from gate.link import PROTOCOL, Service, read_to_end, running, running_gate, submit
-from penstock.v1 import ConnectRequest, Hello
+from penstock.rpc.errors import RpcError
+from penstock.v1 import ConnectRequest, ErrorReason, Hello, SchedulerState
 
 
 async def test_streams_that_are_cut_again_and_again(tmp_path: Path) -> None:
@@ -199,3 +202,61 @@ async def test_a_half_closed_stream_ends(tmp_path: Path) -> None:
         await call.done_writing()
         with pytest.raises(Exception, match="last word"):
             await read_to_end(call)
+
+
+async def test_a_stream_that_breaks_during_a_drain_is_resumed(tmp_path: Path) -> None:
+    async with running_gate(tmp_path) as gate, Service(gate.address) as service, Service(gate.address) as stranger:
+        await service.connect()
+        handle = await service.submit(submit([STEADY], max_tokens=900))
+        draining = asyncio.create_task(gate.gate.drain())
+        await service.until(lambda: service.draining is not None, "draining")
+        await service.disconnect()
+        welcome = await service.connect([handle])
+        assert welcome.resumed
+        assert welcome.load is not None
+        assert welcome.load.state == SchedulerState.DRAINING
+        with pytest.raises(RpcError) as refused:
+            await stranger.connect()
+        assert refused.value.reason == ErrorReason.DRAINING
+        assert (await service.refused(submit([STEADY]))).reason == ErrorReason.DRAINING
+        await service.until(lambda: handle in service.finished, "end")
+        assert service.ids[handle] == tokens([STEADY], 900)
+        await service.acknowledge({}, [handle])
+        await draining
+
+
+async def test_an_end_that_nobody_heard_is_kept_while_draining(tmp_path: Path) -> None:
+    async with running_gate(tmp_path) as gate, Service(gate.address) as service:
+        await service.connect()
+        handle = await service.submit(submit([STEADY], max_tokens=100))
+        draining = asyncio.create_task(gate.gate.drain())
+        await service.until(lambda: service.draining is not None, "draining")
+        await service.disconnect()
+        await gate.until(lambda seen: running(seen) == 0, "the engine is done")
+        await asyncio.sleep(0.2)
+        assert (await service.connect([handle])).resumed
+        await service.until(lambda: handle in service.finished, "end")
+        assert service.ids[handle] == tokens([STEADY], 100)
+        await service.acknowledge({}, [handle])
+        await draining
+
+
+async def test_a_submit_that_comes_again_too_late_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attempt in doubt is being cancelled; an engine that stands still has not ended it yet."""
+    monkeypatch.setattr("penstock.scheduler.gate.sessions.CLAIM_SECONDS", 0.1)
+    message = submit([HOLD])
+    async with running_gate(tmp_path) as gate, Service(gate.address) as service:
+        await service.connect()
+        await service.submit(message)
+        os.kill(gate.gate.engine_pid, signal.SIGSTOP)
+        try:
+            await service.disconnect()
+            service.accepted.clear()
+            await service.connect()
+            await asyncio.sleep(0.3)
+            failure = await service.refused(message)
+            assert failure.reason == ErrorReason.SCHEDULER_LOST
+            assert failure.retry_after_ms
+        finally:
+            os.kill(gate.gate.engine_pid, signal.SIGCONT)
+        await gate.until(lambda seen: seen.attempts == 0 and running(seen) == 0, "cancelled and forgotten")

@@ -2,6 +2,7 @@
 
 import datetime
 import math
+import time
 from typing import Any
 
 import betterproto2
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock import v1
-from penstock.rpc.codec import MalformedMessage, UnencodableMessage, decoder, descriptor_of, encoder
+from penstock.rpc.codec import MAX_REQUEST_PARTS, MalformedMessage, UnencodableMessage, decoder, descriptor_of, encoder
 
 MESSAGES: list[type[betterproto2.Message]] = [
     getattr(v1, name) for name in v1.__all__ if issubclass(getattr(v1, name), betterproto2.Message)
@@ -209,3 +210,44 @@ def test_arbitrary_bytes_are_a_message_or_refused_as_the_c_codec_has_it(data: by
     message = decoder(v1.ConnectRequest)(data)
     wire.DiscardUnknownFields()
     assert wire_type.FromString(encoder(v1.ConnectRequest)(message)) == wire
+
+
+def chat_of(messages: int, parts: int) -> bytes:
+    turn = v1.ChatMessage(content=[v1.ContentPart() for _ in range(parts)])
+    return encoder(v1.GenerateRequest)(v1.GenerateRequest(chat=v1.Chat(messages=[turn] * messages)))
+
+
+@pytest.mark.parametrize(("messages", "parts"), [(100, 0), (10, 9)])
+def test_as_many_parts_as_are_allowed(messages: int, parts: int) -> None:
+    decode = decoder(v1.GenerateRequest, max_parts=100)
+    chat = decode(chat_of(messages, parts)).chat
+    assert chat is not None
+    assert len(chat.messages) == messages
+
+
+@pytest.mark.parametrize(("messages", "parts"), [(101, 0), (10, 10), (1, 100)])
+def test_too_many_parts_are_refused_however_deep(messages: int, parts: int) -> None:
+    data = chat_of(messages, parts)
+    with pytest.raises(MalformedMessage, match="more than 100 parts"):
+        decoder(v1.GenerateRequest, max_parts=100)(data)
+    assert decoder(v1.GenerateRequest)(data)
+
+
+def test_texts_and_map_entries_are_parts_and_numbers_are_not() -> None:
+    decode = decoder(v1.Sampling, max_parts=100)
+    write = encoder(v1.Sampling)
+    assert decode(write(v1.Sampling(stop_token_ids=list(range(1_000)))))
+    for many in (v1.Sampling(stop=["abc"] * 101), v1.Sampling(logit_bias=dict.fromkeys(range(101), 1.0))):
+        with pytest.raises(MalformedMessage, match="more than 100 parts"):
+            decode(write(many))
+
+
+def test_millions_of_parts_are_refused_at_once() -> None:
+    """Converted, they would take some ten seconds."""
+    chat = b"\x0a\x00" * 3_000_000
+    field = descriptor_of(v1.GenerateRequest).fields_by_name["chat"].number
+    size = b"".join(bytes([len(chat) >> shift & 127 | (128 if shift < 21 else 0)]) for shift in (0, 7, 14, 21))
+    began = time.monotonic()
+    with pytest.raises(MalformedMessage, match="parts"):
+        decoder(v1.GenerateRequest, max_parts=MAX_REQUEST_PARTS)(bytes([field << 3 | 2]) + size + chat)
+    assert time.monotonic() - began < 3

@@ -48,6 +48,20 @@ def test_everything_that_is_there_is_taken_at_once() -> None:
     asyncio.run(scenario())
 
 
+def test_what_has_waited_for_long_comes_in_chunks_that_hold_nobody_up() -> None:
+    async def scenario() -> None:
+        one = attempt()
+        assert one.extend(0, array("I", range(10_000)))
+        one.finish(SampleFinished(tokens=10_000))
+        chunks = [await one.take() for _ in range(3)]
+        assert [len(chunk) for chunk in chunks] == [4096, 4096, 1808]
+        assert sum(chunks, array("I")) == array("I", range(10_000))
+        assert one.end is not None
+        assert await one.take() == ids()
+
+    asyncio.run(scenario())
+
+
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 12)), max_size=20))
 def test_runs_in_any_order_give_the_sequence_or_a_gap(runs: list[tuple[int, int]]) -> None:
     async def scenario() -> None:

@@ -66,6 +66,7 @@ INVALID: list[tuple[GenerateRequest, list[str]]] = [
     (request("x" * MAX_MODEL_TOKENS), ["text"]),
     (request("x" * (MAX_MODEL_TOKENS * 40)), ["text"]),
     (ids(*[7] * MAX_MODEL_TOKENS), ["token_ids"]),
+    (ids(*[VOCAB_SIZE] * (MAX_MODEL_TOKENS + 1)), ["token_ids"]),  # too many to be looked at one by one
     (GenerateRequest(chat=Chat(messages=[turn("user", "x" * MAX_MODEL_TOKENS)])), ["chat"]),
     (request("x" * 90, max_tokens=MAX_MODEL_TOKENS - 89), ["sampling.max_tokens"]),
     (request("x" * 90, max_tokens=None, min_tokens=MAX_MODEL_TOKENS), ["sampling.min_tokens"]),

@@ -104,6 +104,23 @@ def test_failures_and_rejections_are_typed() -> None:
     asyncio.run(scenario())
 
 
+def test_a_lost_attempt_does_not_touch_the_next_owner_of_its_handle() -> None:
+    """A scheduler that starts anew numbers from the beginning; an owner whose reader is slow lets go late."""
+    ledger = Ledger()
+    old = new(ledger, b"1", 7)
+    ended = new(ledger, b"2", 8)
+    ledger.outputs(outputs(finished=[SampleFinished(handle=8)]))
+    assert ended.complete
+    ledger.resumed(Welcome(epoch=2, resumed=False))
+    assert columns(ledger.ack()) == ([], [], []), "handles of the earlier life mean nothing to this one"
+    young = new(ledger, b"3", 7)
+    assert old not in ledger
+    ledger.remove(old)
+    assert young in ledger
+    ledger.outputs(outputs((7, 0, [1])))
+    assert young.received == 1
+
+
 @pytest.mark.parametrize(
     "message",
     [

@@ -150,6 +150,37 @@ def test_a_scheduler_that_starts_anew_has_lost_its_attempts() -> None:
     asyncio.run(scenario())
 
 
+def test_a_submission_does_not_go_to_another_model() -> None:
+    async def scenario() -> None:
+        scheduler = FakeScheduler(answer=says(TEXT, end=False))
+        async with serving(scheduler, silence=0.3) as running:
+            scheduler.muted = True  # hears the submission, never answers
+            task = asyncio.create_task(stream(running, request(max_tokens=5)))
+            await until(lambda: len(scheduler.submits) == 1)
+            scheduler.forget()
+            await scheduler.stop()
+            scheduler.muted, scheduler.model = False, "another"
+            await scheduler.start()
+            with pytest.raises(RpcError) as caught:
+                await task
+            assert caught.value.reason == ErrorReason.SCHEDULER_LOST
+        assert len(scheduler.submits) == 1
+
+    asyncio.run(scenario())
+
+
+def test_the_last_end_is_acknowledged_before_the_service_ends() -> None:
+    """Else a scheduler would keep it until the session's grace is over."""
+
+    async def scenario() -> None:
+        scheduler = FakeScheduler(answer=says(TEXT, end=False))
+        async with serving(scheduler) as running:
+            await stream(running, request(max_tokens=5))
+        assert scheduler.acked_finished == list(scheduler.sequences)
+
+    asyncio.run(scenario())
+
+
 def test_a_scheduler_that_stays_away_fails_its_attempts_after_the_grace() -> None:
     async def scenario() -> None:
         scheduler = FakeScheduler(answer=says(TEXT, end=False), period_s=0.01)
@@ -162,9 +193,12 @@ def test_a_scheduler_that_stays_away_fails_its_attempts_after_the_grace() -> Non
                 await task
             assert 0.3 < time.monotonic() - began < 3
             assert caught.value.reason == ErrorReason.SCHEDULER_LOST
+            began = time.monotonic()
             with pytest.raises(RpcError) as caught:
                 await stream(running, request())
             assert caught.value.reason == ErrorReason.NO_SCHEDULER
+            assert caught.value.retry_after_s
+            assert time.monotonic() - began < 0.5, "nobody waits for what has been away for long"
             models = (await running.models.list_models(ListModelsRequest())).models
             assert [(one.name, one.ready) for one in models[0].replicas] == [("replica-1", False)]
 

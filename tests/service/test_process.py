@@ -112,8 +112,10 @@ def test_what_outlives_the_grace_is_cut_off_and_cancelled() -> None:
             child.send_signal(signal.SIGINT)
             async with asyncio.timeout(5):
                 assert await child.wait() == 0
-            with pytest.raises(RpcError):
+            with pytest.raises(RpcError) as caught:
                 await call
+            assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.UNAVAILABLE, ErrorReason.DRAINING)
+            assert caught.value.retry_after_s
             await until(lambda: len(scheduler.cancels) == 1)
             await channel.close()
 

@@ -8,9 +8,9 @@ faster. What is left to do here is to carry values between the two shapes of one
 """
 
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, cached_property
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import betterproto2
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -20,6 +20,12 @@ from google.protobuf.message import Message as WireMessage
 from google.protobuf.message_factory import GetMessageClass
 
 M = TypeVar("M", bound=betterproto2.Message)
+
+MAX_REQUEST_PARTS = 16_384
+"""Most elements of repeated messages and texts in one request, however deep. Two bytes make one, and its dataclass
+takes microseconds: without a bound, a request of a few megabytes would stop its server for many seconds."""
+
+_SMALLEST_PART_BYTES = 2
 
 _Convert = Callable[[Any], Any]
 _Write = Callable[[WireMessage, Any], None]
@@ -40,19 +46,23 @@ class UnencodableMessage(ValueError):
         """What is wrong with it."""
 
 
-def decoder(message_type: type[M]) -> Callable[[bytes], M]:
+def decoder(message_type: type[M], *, max_parts: int | None = None) -> Callable[[bytes], M]:
     """The function that reads one ``message_type`` from its bytes.
 
-    It raises MalformedMessage; fields that the type does not know are dropped, unknown enum values are kept as
-    nameless members.
+    It raises MalformedMessage, also for more than ``max_parts`` elements of repeated messages and texts; fields that
+    the type does not know are dropped, unknown enum values are kept as nameless members.
     """
     shape = _shape(message_type)
     wire_type = shape.wire_type
     read = shape.read
+    can_exceed = (max_parts or 0) * _SMALLEST_PART_BYTES
 
     def decode(data: bytes) -> M:
         try:
-            message: M = read(wire_type.FromString(data))
+            wire = wire_type.FromString(data)
+            if len(data) > can_exceed and max_parts is not None and _parts_left(wire, max_parts) < 0:
+                raise MalformedMessage(f"the {shape.name} has more than {max_parts} parts")
+            message: M = read(wire)
         except (DecodeError, OverflowError, RecursionError) as error:
             raise MalformedMessage(f"the bytes are no {shape.name}") from error
         return message
@@ -129,12 +139,37 @@ class _Shape:
                 raise UnencodableMessage(name, _reason(error)) from error
 
 
+def _parts_left(wire: WireMessage, left: int) -> int:
+    """What is left of a number of parts after those of a message, however deep; negative as soon as there are more."""
+    for field, value in wire.ListFields():
+        if field.is_repeated and field.cpp_type in (FieldDescriptor.CPPTYPE_MESSAGE, FieldDescriptor.CPPTYPE_STRING):
+            left -= len(value)
+        if left < 0:
+            break
+        for message in _messages(field, value):
+            left = _parts_left(message, left)
+            if left < 0:
+                return left
+    return left
+
+
+def _messages(field: FieldDescriptor, value: Any) -> Iterable[WireMessage]:
+    """The messages that a field of the C codec holds."""
+    if _value_field(field).message_type is None:
+        return ()
+    if _is_map(field):
+        return cast("Iterable[WireMessage]", value.values())
+    return cast("Iterable[WireMessage]", value) if field.is_repeated else (value,)
+
+
 @cache
 def _shape(message_type: type[betterproto2.Message]) -> _Shape:
     return _Shape(message_type)
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeError):
+        return "the text is not valid Unicode"
     return "the value is out of the field's range" if isinstance(error, ValueError) else "the value is of a wrong type"
 
 

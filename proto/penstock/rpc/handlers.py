@@ -17,7 +17,7 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 
 from penstock import v1
 from penstock.rpc import errors
-from penstock.rpc.codec import MalformedMessage, decoder, descriptor_of, encoder
+from penstock.rpc.codec import MAX_REQUEST_PARTS, MalformedMessage, decoder, descriptor_of, encoder
 
 Context = grpc.aio.ServicerContext[Any, Any]
 OnError = Callable[[str, BaseException], None]
@@ -82,7 +82,7 @@ class _Call:
 
     def __init__(self, method: MethodDescriptor, implementation: object, on_error: OnError, admit: Admit) -> None:
         self._name = method.full_name
-        self._decode = decoder(_message_type(method.input_type.name))
+        self._decode = decoder(_message_type(method.input_type.name), max_parts=MAX_REQUEST_PARTS)
         self._encode: Callable[[Any], bytes] = encoder(_message_type(method.output_type.name))
         self._function = getattr(implementation, _snake_case(method.name), None)
         self._on_error = on_error

@@ -11,7 +11,7 @@ from penstock.rpc.channel import open_channel
 from penstock.rpc.health import OVERALL, Health
 from penstock.rpc.server import Server
 from penstock.rpc.tls import channel_credentials, server_credentials
-from penstock.service import adapters, generation, models
+from penstock.service import adapters, errors, generation, models
 from penstock.service.adapters import Adapters
 from penstock.service.admission import Admission
 from penstock.service.auth import ApiKeys, Authenticator, OpenAccess
@@ -31,7 +31,7 @@ from penstock.telemetry.tracing import Tracing
 NO_PROXY: Final = (("grpc.enable_http_proxy", 0),)
 """Schedulers are neighbours: http_proxy is not meant for them."""
 CANCEL_SECONDS: Final = 0.2
-"""For handlers that are cut off, and for their cancels to reach the schedulers."""
+"""For handlers that are cut off, for their cancels and for the last acknowledgements to reach the schedulers."""
 
 log = get_logger(__name__)
 
@@ -109,10 +109,13 @@ class Service:
         self._admission.drain()
         log.info("service.draining", running=self._admission.running)
         finished = await self._admission.idle(self._config.drain_grace)
-        await self._server.stop(CANCEL_SECONDS)
         if not finished:
             log.warning("service.cut_off", running=self._admission.running)
+            self.fleet.interrupt(errors.draining())
+        await self._server.stop(CANCEL_SECONDS)
+        if not finished:
             await asyncio.sleep(CANCEL_SECONDS)
+        await self.fleet.settle(CANCEL_SECONDS)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -21,7 +21,7 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True):
         Meta(description="Keys of callers, each KEY or TENANT:KEY. None: everybody, on loopback only."),
     ] = ()
     max_requests: Annotated[int, Meta(ge=1, description="Requests served at once; more are RESOURCE_EXHAUSTED.")] = 1024
-    max_message_bytes: Annotated[int, Meta(ge=1024, description="Largest request.")] = 16 * MIB
+    max_message_bytes: Annotated[int, Meta(ge=1024, description="Largest request.")] = 4 * MIB
     encode_threads: Annotated[int, Meta(ge=1, le=64, description="Threads that encode prompts.")] = 2
     silence: Annotated[
         float, Meta(gt=0, description="Seconds without a word after which a scheduler's channel is replaced.")

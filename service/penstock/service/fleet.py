@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 import grpc
@@ -13,6 +14,8 @@ from penstock.service.router import Router
 
 PATIENCE_SECONDS: Final = 1.0
 """For a link that has just broken: its next stream is due within a quarter of that."""
+
+SETTLE_POLL_SECONDS: Final = 0.02
 
 
 class Fleet:
@@ -40,6 +43,18 @@ class Fleet:
     def in_flight(self) -> int:
         """Attempts that wait for a scheduler."""
         return sum(link.in_flight for link in self._links)
+
+    def interrupt(self, error: RpcError) -> None:
+        """Fail every attempt."""
+        for link in self._links:
+            link.interrupt(error)
+
+    async def settle(self, timeout_s: float) -> None:
+        """Wait until the schedulers were told of every end, at most so long: they keep what nobody acknowledged."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not all(link.settled for link in self._links):  # noqa: ASYNC110  # only at the end
+                    await asyncio.sleep(SETTLE_POLL_SECONDS)
 
     async def choose(self, model: ModelFacts, prompt_tokens: int) -> Link:
         """See `Router.choose`; if all that is missing is a stream that is being replaced, wait a moment for it."""

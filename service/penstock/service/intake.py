@@ -125,12 +125,13 @@ class Intake:
             link = await self._fleet.choose(model, len(ids))
             span.set_attribute("penstock.replica", link.replica)
         call.note("replica", link.replica)
-        link.submit(attempt)
+        delivery = _delivery(attempt, checked, ids, tokenizer, model)
+        link.submit(attempt)  # from here on the caller owes it a close
         return Running(
             model=model,
             link=link,
             attempt=attempt,
-            delivery=_delivery(attempt, checked, ids, tokenizer, model),
+            delivery=delivery,
             request_id=request_id,
             prompt_tokens=len(ids),
             seed=seed,

@@ -31,7 +31,7 @@ class Ledger:
     def __contains__(self, attempt: Attempt) -> bool:
         if attempt.handle is None:
             return attempt.submit.attempt_id in self._unaccepted
-        return attempt.handle in self._by_handle
+        return self._by_handle.get(attempt.handle) is attempt  # a scheduler that started anew gives handles again
 
     def add(self, attempt: Attempt) -> None:
         """A new attempt."""
@@ -40,7 +40,7 @@ class Ledger:
     def remove(self, attempt: Attempt) -> None:
         """Its owner waits for it no longer; what still comes is dropped."""
         self._unaccepted.pop(attempt.submit.attempt_id, None)
-        if attempt.handle is not None and attempt.handle in self._by_handle:
+        if attempt.handle is not None and attempt in self:
             del self._by_handle[attempt.handle]
             if attempt.finished:
                 self._finished.append(attempt.handle)
@@ -103,6 +103,11 @@ class Ledger:
 
     # What is said to the scheduler.
 
+    @property
+    def has_ends_to_tell(self) -> bool:
+        """Whether the next acknowledgement tells of an end."""
+        return bool(self._finished)
+
     def ack(self) -> Ack:
         """What has arrived since the last one; empty, it is a heartbeat alone."""
         handles, offsets = array("I"), array("I")
@@ -122,9 +127,16 @@ class Ledger:
 
     def resumed(self, welcome: Welcome) -> None:
         """Fail what the scheduler does not know any more."""
-        lost = list(self._by_handle) if not welcome.resumed else _column(welcome.lost_handles)
+        lost = _column(welcome.lost_handles) if welcome.resumed else list(self._by_handle)
+        if not welcome.resumed:
+            self._finished = array("I")
         for handle in lost:
             self._lose(handle, errors.scheduler_lost())
+
+    def interrupt(self, error: RpcError) -> None:
+        """Fail what is waited for. The scheduler works on it until its owners let go."""
+        for attempt in (*self._unaccepted.values(), *self._by_handle.values()):
+            attempt.fail(error)
 
     def fail_all(self, error: RpcError) -> None:
         """The scheduler is given up."""

@@ -96,6 +96,8 @@ class Link:
         self._was_usable = False
         self._reached = False
         self._expiry: asyncio.TimerHandle | None = None
+        """Set from the loss of a stream until the next one is open."""
+        self._given_up = False
 
     @property
     def facts(self) -> ModelFacts | None:
@@ -135,7 +137,13 @@ class Link:
     @property
     def reconnecting(self) -> bool:
         """Whether its stream broke a moment ago, and is being replaced."""
-        return self._outbox is None and self._expiry is not None
+        return self._outbox is None and self._expiry is not None and not self._given_up
+
+    @property
+    def settled(self) -> bool:
+        """Whether the scheduler was told of every end that is known here, as far as it can be told."""
+        outbox = self._outbox
+        return outbox is None or not (self._ledger.has_ends_to_tell or outbox.acknowledging)
 
     def submit(self, attempt: Attempt) -> None:
         """Hand an attempt to the scheduler; at once, or when the stream is back."""
@@ -154,6 +162,10 @@ class Link:
         """The attempt's owner is done with it: what has not ended is cancelled. Idempotent."""
         self.cancel(attempt, reason)
         self._ledger.remove(attempt)
+
+    def interrupt(self, error: RpcError) -> None:
+        """Fail every attempt; its owner hears it and releases it."""
+        self._ledger.interrupt(error)
 
     async def run(self) -> None:
         """Keep the session until cancelled; what is in flight then fails."""
@@ -213,9 +225,12 @@ class Link:
     def _opened(self, welcome: Welcome) -> Outbox:
         """The session is there: resume what the scheduler knows, submit again what it has not accepted."""
         try:
-            self._facts = ModelFacts.of(welcome)
+            facts = ModelFacts.of(welcome)
         except ValueError as error:
             raise ProtocolFault(str(error)) from error
+        if self._facts is not None and not facts.same_model(self._facts):
+            self._ledger.fail_all(errors.scheduler_lost())  # their ids mean nothing to another model
+        self._facts = facts
         self._ledger.resumed(welcome)
         self._replica = welcome.replica or self.address
         self._outbox = outbox = Outbox()
@@ -225,6 +240,7 @@ class Link:
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None
+        self._given_up = False
         self._reached = True
         self._heard = asyncio.get_running_loop().time()
         self._loaded(welcome.load or Load())
@@ -301,6 +317,7 @@ class Link:
         return final
 
     def _give_up(self) -> None:
+        self._given_up = True
         self._ledger.fail_all(errors.scheduler_lost())
 
     def _say_cancels(self) -> None:

@@ -67,6 +67,7 @@ async def _until(stop: asyncio.Event, service: Service) -> None:
     finally:
         for wait in waits:
             wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
 
 
 if __name__ == "__main__":

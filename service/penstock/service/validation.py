@@ -149,6 +149,9 @@ def _read_ids(ids: Sequence[int], model: ModelFacts, violations: Violations) -> 
     if not ids:
         violations.add("token_ids.ids", "is empty")
         return None
+    if len(ids) > model.max_model_tokens:  # not looked at one by one: a request can bring millions
+        violations.add("token_ids", f"has {len(ids)} tokens; prompt and output have {model.max_model_tokens}")
+        return None
     check_ids(ids, "token_ids.ids", model.vocab_size, violations)
     return Prompt("token_ids", array("I", ids))
 

@@ -35,8 +35,10 @@ from penstock.v1 import ConnectResponse, Draining, SchedulerState
 MAX_MESSAGE_BYTES: Final = 8 << 20
 GOAWAY_GRACE_MS: Final = 250
 IDLE_POLL_SECONDS: Final = 0.02
-LAST_WORDS_SECONDS: Final = 1.0
-"""For what was said last to reach the services."""
+LAST_WORDS_SECONDS: Final = 2.0
+"""For what was said last to reach the services, also one whose stream broke just now."""
+STOP_SECONDS: Final = 1.0
+"""For calls that are being answered when the server stops."""
 
 log = get_logger(__name__)
 
@@ -132,7 +134,7 @@ class Gate:
         return self.engine.pid
 
     def refusal(self) -> RpcError | None:
-        """Why no session can be opened now, if so."""
+        """Why no new session can be opened now, if so."""
         if self._is_draining:
             return draining()
         return not_serving() if self.status.info is None else None
@@ -174,7 +176,7 @@ class Gate:
     async def drain(self) -> None:
         """Finish what runs, within the grace; what is left then fails with UNAVAILABLE."""
         self.ask_to_drain(None)
-        if not await self._within(self._drain_grace, self._all_done):
+        if not await self._within(self._drain_grace, lambda: not self._admission.inside and self._all_said()):
             log.warning("gate.cut_off", attempts=self.attempts)
             self._outputs.fail_all(draining)
         await self._end_streams(draining())
@@ -187,17 +189,16 @@ class Gate:
         self._outputs.fail_all(scheduler_lost)
         await self._end_streams(scheduler_lost())
 
-    def _all_done(self) -> bool:
-        """Every end was told, to who is there to hear it."""
-        return not self._admission.inside and self._all_said()
-
     def _all_said(self) -> bool:
+        """Nothing waits for a stream that is there."""
         return all(session.stream is None or session.outbox.empty for session in self._sessions.all())
 
     async def _end_streams(self, error: RpcError) -> None:
-        await self._within(LAST_WORDS_SECONDS, self._all_said)
+        """End them when every end was acknowledged: what a stream that broke has swallowed, the next one says again."""
+        await self._within(LAST_WORDS_SECONDS, lambda: not self.attempts and self._all_said())
         for stream in self._sessions.streams():
             stream.end(error)
+        self._sessions.close()
 
     async def _within(self, seconds: float, done: Callable[[], bool]) -> bool:
         with contextlib.suppress(TimeoutError):
@@ -209,7 +210,7 @@ class Gate:
     async def close(self) -> None:
         """End everything that was started. Idempotent."""
         self._sessions.close()
-        await self._server.stop(LAST_WORDS_SECONDS)
+        await self._server.stop(STOP_SECONDS)
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)

@@ -57,7 +57,7 @@ class Replica(Protocol):
         ...
 
     def refusal(self) -> RpcError | None:
-        """Why no session can be opened now, if so."""
+        """Why no new session can be opened now, if so."""
         ...
 
     def ask_to_drain(self, grace_s: float | None) -> None:
@@ -126,7 +126,10 @@ class Scheduler:
         return self._replica.status.to_load(self._replica.state)
 
     def _check(self, hello: Hello) -> Intake:
-        """Raise FAILED_PRECONDITION if the two sides do not understand each other, UNAVAILABLE if not now."""
+        """Raise FAILED_PRECONDITION if the two sides do not understand each other, UNAVAILABLE if not now.
+
+        A session that is known may go on at any time: what it runs is finished also while draining.
+        """
         theirs, ours = hello.protocol, PROTOCOL
         if theirs is None or theirs.major != ours.major or abs(theirs.minor - ours.minor) > 1:
             raise RpcError(
@@ -134,7 +137,7 @@ class Scheduler:
                 ErrorReason.PROTOCOL_MISMATCH,
                 f"the scheduler speaks protocol {ours.major}.{ours.minor}",
             )
-        refusal = self._replica.refusal()
+        refusal = None if self._sessions.knows(hello.session) else self._replica.refusal()
         if refusal is not None or self.intake is None:
             raise refusal or cancelled()
         return self.intake

@@ -12,6 +12,7 @@ from typing import Final
 
 from penstock.executor.step import pack_u32, unpack_u32
 from penstock.rpc.errors import RpcError, cancelled, exhausted, invalid, to_failure
+from penstock.scheduler.gate.admission import scheduler_lost
 from penstock.scheduler.gate.attempts import Attempt, AttemptTable, Sample
 from penstock.scheduler.gate.outbox import Outbox, nobody_listens
 from penstock.scheduler.gate.parts import Assembly
@@ -140,7 +141,10 @@ class Session:
         self._set_timer(CLAIM_SECONDS, self._drop_doubtful)
 
     def accept_again(self, attempt: Attempt) -> None:
-        """Its Submit came again."""
+        """Its Submit came again; too late, if it is being cancelled by now."""
+        if all(sample.muted for sample in attempt.samples):
+            self.reject(attempt.attempt_id, scheduler_lost())
+            return
         self.accept(attempt)
         if attempt.in_doubt:
             attempt.confirm()
@@ -215,6 +219,10 @@ class Sessions:
         """Every session, with a stream or in its grace period."""
         return list(self._sessions.values())
 
+    def knows(self, session_id: bytes) -> bool:
+        """Whether a stream of that session would resume it."""
+        return session_id in self._sessions
+
     def open(self, hello: Hello) -> tuple[Session, bool, "array[int]"]:
         """The session of a hello, whether it was known, and the handles that were lost.
 
@@ -236,7 +244,7 @@ class Sessions:
         if session.stream is not stream:
             return
         session.detach()
-        if session.attempts:
+        if session.attempts and self.knows(session.session_id):
             session.expire_after(self._grace_s, lambda: self._expire(session))
         else:
             self._remove(session)
@@ -252,9 +260,10 @@ class Sessions:
             del self._sessions[session.session_id]
 
     def close(self) -> None:
-        """No timer is left."""
+        """No session is known any more, no timer is left."""
         for session in self._sessions.values():
             session.stop_timer()
+        self._sessions.clear()
 
 
 def columns(*named: tuple[str, bytes]) -> list["array[int]"]:
