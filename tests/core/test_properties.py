@@ -1,11 +1,14 @@
 """Whatever happens, in whatever order: every request ends as if it were alone, and nothing is lost."""
 
 import random
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock.scheduler.core.policies.fcfs import FirstComeFirstServed
+from penstock.scheduler.core.sequence import Sequence
 from penstock.scheduler.records.events import Finish
 from support.core_driver import VOCAB, Driver, random_prompt, undisturbed
 
@@ -65,3 +68,29 @@ def test_twenty_thousand_steps(depth: tuple[int, int]) -> None:
 @given(st.randoms(use_true_random=False), st.sampled_from(DEPTHS), st.integers(16, 60), st.sampled_from([0.0, 0.3]))
 def test_any_script(rng: random.Random, depth: tuple[int, int], blocks: int, cancels: float) -> None:
     drive(rng, depth, 60, blocks=blocks, cancels=cancels)
+
+
+class Capricious(FirstComeFirstServed):
+    """Anyone may give way, also one that the plan has something for already."""
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__()
+        self.random = rng
+
+    def victim(self, running: Iterable[Sequence], needy: Sequence) -> Sequence:
+        return self.random.choice(list(running))
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("step_tokens", [3, 7, 40])
+def test_whoever_gives_way_and_however_few_rows_there_are(depth: tuple[int, int], step_tokens: int) -> None:
+    rng = random.Random(f"{depth}{step_tokens}")
+    driver = Driver(*depth, blocks=10, slots=10, step_tokens=step_tokens, model_tokens=160, policy=Capricious(rng))
+    prompts = [random_prompt(rng, 20) for _ in range(30)]
+    for handle, prompt in enumerate(prompts):
+        driver.submit(handle, prompt, 60)
+    driver.run()
+    for handle, prompt in enumerate(prompts):
+        assert driver.outputs[handle] == undisturbed(prompt, 60)
+    assert driver.core.load(0, 0, 0).preemptions > 5
+    assert driver.at_rest()

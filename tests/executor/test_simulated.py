@@ -104,3 +104,7 @@ def test_the_pace_is_kept_and_the_descriptor_tells() -> None:
     assert not select.select([executor.fileno()], [], [], 0.05)[0]
     executor.shutdown()
     executor.shutdown()
+
+
+def test_where_every_token_would_end_it_one_is_made_all_the_same() -> None:
+    assert answer([0], 4, range(4)) == 1

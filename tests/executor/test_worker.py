@@ -41,6 +41,11 @@ FAULTS: dict[str, tuple[dict[str, object], str]] = {
         {"admissions": (admission(1, [3], sampling=Sampling(presence_penalty=0.5)),)},
         "presence_penalty is not supported",
     ),
+    "a temperature that is no float32": (
+        {"admissions": (admission(1, [3], sampling=Sampling(temperature=1e39)),)},
+        "without overflow",
+    ),
+    "a top_k that is no int64": ({"admissions": (admission(1, [3], sampling=Sampling(top_k=-(2**70))),)}, "verflow"),
     "an adapter": ({"admissions": (admission(1, [3], adapter=17),)}, "adapters are not supported"),
     "blocks for an empty slot": ({"block_slots": pack_u32([1]), "block_ids": pack_u32([5])}, "slot is empty"),
     "a block that is not there": (

@@ -19,6 +19,7 @@ from penstock.executor.step import (
     unpack_u32,
 )
 from penstock.scheduler.core.planner import Core
+from penstock.scheduler.core.policies import Policy
 from penstock.scheduler.core.policies.fcfs import FirstComeFirstServed
 from penstock.scheduler.core.sequence import State
 from penstock.scheduler.records.commands import Submit, SubmitSample
@@ -51,6 +52,8 @@ class Driver:
         slots: int = 16,
         step_tokens: int = 48,
         model_tokens: int = 256,
+        eos_ids: tuple[int, ...] = (),
+        policy: Policy | None = None,
     ) -> None:
         spec = ModelSpec(
             path="/nonexistent",
@@ -62,9 +65,12 @@ class Driver:
             num_blocks=blocks,
             plans_in_flight=plans_in_flight,
         )
-        self.info = msgspec.structs.replace(describe(spec), tokens_ahead=tokens_ahead)
+        self.info = msgspec.structs.replace(describe(spec), tokens_ahead=tokens_ahead, eos_ids=eos_ids)
         self.device = SimulatedDevice(self.info)
-        self.core = Core(self.info, FirstComeFirstServed())
+        self.core = Core(self.info, FirstComeFirstServed() if policy is None else policy)
+        self.left: dict[int, int] = {}
+        """Of each slot that is taken: known ids to compute; at 0 it decodes."""
+        self.rows: list[int] = []
         self.answers: deque[StepResult] = deque()
         self.plans: list[StepPlan] = []
         self.outputs: dict[int, list[int]] = {}
@@ -106,9 +112,33 @@ class Driver:
         plan = self.core.plan(self.now)
         if plan is not None:
             self.plans.append(plan)
+            self.check_plan(plan)
             self.answers.append(self.device.execute(decode_plan(encode_plan(plan))))
         self.check()
         return plan
+
+    def check_plan(self, plan: StepPlan) -> None:
+        """It keeps to the contract: it names only slots that are taken, and computes something within the budget."""
+        released = unpack_u32(plan.release).tolist()
+        for slot in released:
+            del self.left[slot]
+        for admission in plan.admissions:
+            assert admission.slot not in self.left, "admitted to a slot that is taken"
+            self.left[admission.slot] = admission.total_ids
+        held = unpack_u32(plan.hold).tolist()
+        for slot in held:
+            assert self.left[slot] == 0, "a slot is held that does not decode"
+            self.left[slot] = 1
+        scheduled = dict(zip(unpack_u32(plan.schedule_slots), unpack_u32(plan.schedule_rows), strict=True))
+        decoding = {slot for slot, left in self.left.items() if not left}
+        for slot, rows in scheduled.items():
+            assert 0 < rows <= self.left[slot]
+            self.left[slot] -= rows
+        named = {*unpack_u32(plan.block_slots), *(part.slot for part in plan.fragments)}
+        assert self.left.keys() >= named, "a slot is named that nobody has"
+        self.rows = self.rows if plan.rows is None else unpack_u32(plan.rows).tolist()
+        assert sorted(self.rows) == sorted([*decoding, *scheduled]), "who takes part is who decodes or is scheduled"
+        assert 0 < len(decoding) + sum(scheduled.values()) <= self.info.max_step_tokens
 
     def absorb(self) -> None:
         """Absorb the oldest answer."""
@@ -139,6 +169,8 @@ class Driver:
             assert offset == len(self.outputs[handle]), "an id is lost or doubled"
             assert handle not in self.finished, "a token after the end"
             self.outputs[handle] += [next(ids) for _ in range(count)]
+        told = {span.handle for span in record.spans}.union(*(unpack_u32(step.handles) for step in record.steps))
+        assert not told & self.finished.keys(), "something is told of who has ended"
         for finished in record.finished:
             assert finished.handle not in self.finished, "ended twice"
             assert finished.tokens == len(self.outputs[finished.handle])

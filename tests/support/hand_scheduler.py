@@ -204,9 +204,13 @@ class HandScheduler:
             assert not list(tokens)
 
     def _next_results(self) -> list[StepResult]:
-        readable, _, _ = select.select([self.executor.fileno()], [], [], RESULT_SECONDS)
-        assert readable, "no result in time"
-        return list(self.executor.results())
+        """What is there, at least one: a wake-up may come after its result was taken with the one before."""
+        results: list[StepResult] = []
+        while not results:
+            readable, _, _ = select.select([self.executor.fileno()], [], [], RESULT_SECONDS)
+            assert readable, "no result in time"
+            results = list(self.executor.results())
+        return results
 
     def _leave(self, request: Request) -> None:
         self.release.append(request.slot)

@@ -29,7 +29,7 @@ class Executor(Protocol):
         ...
 
     def fileno(self) -> int:
-        """A descriptor that is readable while results has something to give or to raise."""
+        """A descriptor that is readable while results has something to give or to raise, and perhaps once too often."""
         ...
 
     def submit_mask(self, number: int, mask: bytes) -> None:

@@ -2,10 +2,12 @@
 
 A message is a u32 length and its bytes, padded to eight. Positions are byte counts that only grow, stored as aligned
 64-bit words: a plain store of one is seen whole, and on x86-64 stores are seen in order, so that who sees the position
-sees the bytes before it. Elsewhere the wake-up call, a system call, is the fence for a sleeper.
+sees the bytes before it. Elsewhere a lock and the wake-up call, a system call, are the fences.
 
 A reader that finds nothing says that it sleeps, *looks again*, and only then waits on its eventfd; a writer that finds
-a sleeper wakes it. So no wake-up is lost, a busy reader costs the writer nothing, and an idle one burns nothing.
+a sleeper after it has moved the position wakes it. Each side stores one word and then loads the other's, which even
+x86-64 may reorder: a lock of its own, taken and given back in between, is the fence. So no wake-up is lost, a busy
+reader costs the writer nothing, and an idle one burns nothing.
 """
 
 import contextlib
@@ -13,6 +15,7 @@ import mmap
 import os
 import select
 import struct
+import threading
 from typing import Final
 
 _HEADER: Final = 64
@@ -98,6 +101,7 @@ class RingWriter:
         self._data = self._mapping.data
         self._capacity = self._words[_CAPACITY]
         self._head = self._words[_HEAD]
+        self._fence = threading.Lock()
 
     @property
     def max_message(self) -> int:
@@ -124,6 +128,8 @@ class RingWriter:
         self._data[at + 4 : at + 4 + size] = message
         self._head += skip + needed
         self._words[_HEAD] = self._head
+        with self._fence:
+            pass
         self._wake()
         return True
 
@@ -153,6 +159,7 @@ class RingReader:
         self._data = self._mapping.data
         self._capacity = self._words[_CAPACITY]
         self._tail = self._reader[_TAIL]
+        self._fence = threading.Lock()
 
     def get(self) -> bytes | None:
         """Take the next message, or None if there is none; never waits."""
@@ -176,6 +183,8 @@ class RingReader:
     def prepare_sleep(self) -> bool:
         """Ask to be woken by the next message. False if there is one already: then do not sleep."""
         self._reader[_SLEEPS] = 1
+        with self._fence:
+            pass
         if self._words[_HEAD] != self._tail:
             self.end_sleep()
             return False

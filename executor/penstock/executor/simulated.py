@@ -49,9 +49,9 @@ def answer(ids: Iterable[int], vocab_size: int, stop_ids: Iterable[int] = ()) ->
 
 
 def _avoid(token: int, vocab_size: int, banned: frozenset[int]) -> int:
-    while token in banned:
-        token = (token + 1) % vocab_size
-    return token
+    """The token, or the next one that is not banned; the token itself if all are."""
+    candidates = ((token + step) % vocab_size for step in range(vocab_size))
+    return next((candidate for candidate in candidates if candidate not in banned), token)
 
 
 class SimulatedDevice:

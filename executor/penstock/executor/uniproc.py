@@ -101,6 +101,7 @@ class UniprocExecutor:
 
     def _work(self, runner: ModelRunner) -> None:
         """The thread: plan after plan, until there is None or one cannot be computed."""
+        runner.take_thread()
         while (plan := self._plans.get()) is not None:
             try:
                 result = runner.execute_model(plan)

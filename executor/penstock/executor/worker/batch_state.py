@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from penstock.executor.models.errors import one_line
 from penstock.executor.step import Admission, Fragment, SlotFailure, StepPlan, unpack_u32
 from penstock.executor.worker.slots import Capacity, Slot, SlotFault, SlotTensors, Stage
 from penstock.executor.worker.step_input import Choosing, Chunk, StepInput
@@ -91,8 +92,10 @@ class BatchState:
         """A fault inside fails this slot alone."""
         try:
             yield
-        except ValueError as fault:
+        except SlotFault as fault:
             self._fail(slot, str(fault))
+        except (ValueError, RuntimeError, OverflowError) as error:  # torch raises these for numbers that do not fit
+            self._fail(slot, one_line(error))
 
     def _fail(self, slot: int, reason: str) -> None:
         self.failures.append(SlotFailure(slot, reason))
@@ -119,7 +122,7 @@ class BatchState:
 
     def _admit(self, admission: Admission) -> None:
         number = admission.slot
-        if number >= self.capacity.max_sequences:
+        if not 0 <= number < self.capacity.max_sequences:
             raise SlotFault(f"there are {self.capacity.max_sequences} slots")
         if number in self._slots:
             raise SlotFault("admitted into a slot that is occupied")

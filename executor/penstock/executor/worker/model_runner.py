@@ -67,6 +67,15 @@ class ModelRunner:
         self._epoch = 0
         self._number = 0
 
+    @staticmethod
+    def take_thread() -> None:
+        """Called once by the thread that will execute: OpenMP counts its helpers for each thread that asks.
+
+        torch brings the number that another thread has set over to this one when it is asked for it here, and else
+        only after the first products have run with one helper a processor.
+        """
+        torch.get_num_threads()
+
     @torch.inference_mode()
     def execute_model(self, plan: StepPlan) -> StepResult:
         """Apply the plan and compute its step.

@@ -2,6 +2,8 @@
 
 from array import array
 
+from penstock.executor.step import pack_u32
+from penstock.scheduler.core.flight import Flight
 from penstock.scheduler.core.sequence import Sequence
 from penstock.scheduler.records.events import Finish, Finished, Span, SpanEvent, Step, StepSpan
 
@@ -9,9 +11,11 @@ from penstock.scheduler.records.events import Finish, Finished, Span, SpanEvent,
 class Output:
     """Columns of new tokens, ends and span events; ``take`` packs them into one record."""
 
-    __slots__ = ("counts", "finished", "handles", "ids", "offsets", "spans", "steps")
+    __slots__ = ("_traced_step_every", "counts", "finished", "handles", "ids", "offsets", "spans", "steps")
 
-    def __init__(self) -> None:
+    def __init__(self, traced_step_every: int) -> None:
+        """One step in so many is told, if a traced sequence is in it, and each in which one computes known ids."""
+        self._traced_step_every = traced_step_every
         self._clear()
 
     def _clear(self) -> None:
@@ -42,6 +46,34 @@ class Output:
                 detail,
             )
         )
+
+    def refuse(self, handle: int, arrival_ns: int, now: int, why: str) -> None:
+        """A sequence failed that never was one."""
+        self.finished.append(Finished(handle, int(Finish.FAILED), 0, arrival_ns, 0, 0, now, 0, 0, why))
+
+    def step(self, flight: Flight, device_ns: int, waiting: int, now: int) -> None:
+        """A step's result came. Who ended before it is forgotten, and not told of."""
+        chunks = [(sequence, rows) for sequence, rows in flight.chunks if sequence.traced and sequence.lives]
+        for sequence, rows in chunks:
+            self.span(Span.PREFILL, sequence, flight.submitted_ns, now, rows, flight.number)
+        if flight.number % self._traced_step_every and not chunks:
+            return
+        traced = [sequence.handle for sequence in flight.members if sequence.traced and sequence.lives]
+        if traced:
+            self.steps.append(
+                StepSpan(
+                    flight.number,
+                    flight.submitted_ns,
+                    now,
+                    flight.plan_ns,
+                    device_ns,
+                    flight.decodes,
+                    flight.prefill_rows,
+                    len(flight.members),
+                    waiting,
+                    pack_u32(traced),
+                )
+            )
 
     def span(
         self, kind: Span, sequence: Sequence, start: int, end: int, number: int = 0, step: int = 0, cause: str = ""

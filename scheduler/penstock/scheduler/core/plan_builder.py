@@ -41,7 +41,7 @@ class PlanBuilder:
         """A sequence enters its slot."""
         ids = sequence.ids
         first = ids if len(ids) <= FRAGMENT_TOKENS else ids[:FRAGMENT_TOKENS]
-        sequence.sent_ids = len(first)
+        sequence.unsent = len(ids) - len(first)
         self.admissions.append(
             Admission(
                 sequence.slot,
@@ -56,11 +56,11 @@ class PlanBuilder:
         )
 
     def send_fragment(self, sequence: Sequence) -> None:
-        """Send the next known ids of a sequence whose chunks have reached the end of what was sent."""
-        start = sequence.sent_ids
+        """Send the next of the known ids that the admission could not carry."""
+        start = len(sequence.ids) - sequence.unsent
         part: array[int] = sequence.ids[start : start + FRAGMENT_TOKENS]
         self.fragments.append(Fragment(sequence.slot, start // FRAGMENT_TOKENS, part.tobytes()))
-        sequence.sent_ids += len(part)
+        sequence.unsent -= len(part)
 
     def add_block(self, sequence: Sequence, block: int) -> None:
         """A sequence's block table grows."""

@@ -15,49 +15,23 @@ sequence whose last possible token is among it has nothing left to compute and l
 still to come. Everything is deterministic: time comes in as ``now``, in nanoseconds.
 """
 
-import heapq
 from array import array
 from collections import deque
 from operator import attrgetter
 
-from penstock.executor.step import ModelInfo, StepPlan, StepResult, Stopping, pack_u32, unpack_u32
+from penstock.executor.step import ModelInfo, StepPlan, StepResult, unpack_u32
 from penstock.scheduler.core.blocks import BlockPool
+from penstock.scheduler.core.deadlines import Deadlines
+from penstock.scheduler.core.flight import Flight
+from penstock.scheduler.core.intake import sequences_of
 from penstock.scheduler.core.output import Output
 from penstock.scheduler.core.plan_builder import PlanBuilder
 from penstock.scheduler.core.policies import Policy
 from penstock.scheduler.core.sequence import Sequence, State
 from penstock.scheduler.records.commands import Submit
-from penstock.scheduler.records.events import Finish, Load, Span, Step, StepSpan
+from penstock.scheduler.records.events import Finish, Load, Span, Step
 
 _computed = attrgetter("scheduled")
-
-
-class Flight:
-    """A plan that is not answered yet."""
-
-    __slots__ = ("chunks", "decodes", "members", "number", "ones", "plan_ns", "silent", "slots", "submitted_ns")
-
-    def __init__(
-        self,
-        number: int,
-        members: list[Sequence],
-        slots: "array[int]",
-        chunks: list[tuple[Sequence, int]],
-        decodes: int,
-        silent: frozenset[Sequence],
-        now: int,
-    ) -> None:
-        self.number = number
-        self.members = members
-        """The sequence of each row, in the plan's order of rows."""
-        self.slots = slots
-        """The slot that each had."""
-        self.chunks = chunks
-        self.decodes = decodes
-        self.silent = silent
-        """Members that sample nothing: known ids are left after this plan."""
-        self.submitted_ns = now
-        self.plan_ns = 0
 
 
 class Core:
@@ -74,15 +48,13 @@ class Core:
         self._info = info
         self._policy = policy
         self._epoch = epoch
-        self._traced_step_every = traced_step_every
-        self._eos = frozenset(info.eos_ids)
         self._pool = BlockPool(info.num_blocks, info.block_tokens)
         self._free_slots = list(range(info.max_sequences - 1, -1, -1))
         self._sequences: dict[int, Sequence] = {}
         self._running: dict[Sequence, None] = {}
         self._release: list[int] = []
         self._flights: deque[Flight] = deque()
-        self._deadlines: list[tuple[int, int, int]] = []
+        self._deadlines = Deadlines(self._sequences)
         self._number = 0
         self._arrivals = 0
         self._members: list[Sequence] = []
@@ -91,36 +63,17 @@ class Core:
         self._waiting_tokens = 0
         self._preemptions = 0
         self._preemptions_in_flight = 0
-        self.output = Output()
+        self.output = Output(traced_step_every)
         """What happened since take_output was last called."""
 
     # ---- what comes in ----
 
     def submit(self, request: Submit) -> None:
-        """Queue every sample of a request, which the gate has checked."""
-        prompt = unpack_u32(request.prompt_ids)
-        own = unpack_u32(request.stop_ids)
-        stop_ids = frozenset(own) if request.ignore_eos else self._eos.union(own)
-        stopping = Stopping(request.max_tokens, request.min_tokens, pack_u32(sorted(stop_ids)))
-        limit = min(len(prompt) + request.max_tokens, self._info.max_model_tokens)
-        for sample in request.samples:
-            ids = prompt + unpack_u32(sample.delivered_ids)
-            sequence = Sequence(
-                sample.handle,
-                ids,
-                len(prompt),
-                stopping,
-                stop_ids,
-                limit,
-                request.arrival_ns,
-                sampling=request.sampling,
-                seed=sample.seed,
-                sample_index=sample.index,
-                deadline_ns=request.deadline_ns,
-                tenant=request.tenant,
-                priority_class=request.priority_class,
-                traced=request.traced,
-            )
+        """Queue every sample of a request. Raises ValueError, and nothing has happened, if it can never run."""
+        sequences = sequences_of(request, self._info)
+        if any(sequence.handle in self._sequences for sequence in sequences):
+            raise ValueError("a handle is taken")
+        for sequence in sequences:
             self._enter(sequence)
 
     def _enter(self, sequence: Sequence) -> None:
@@ -129,7 +82,14 @@ class Core:
         self._sequences[sequence.handle] = sequence
         self._wait(sequence, sequence.arrival_ns)
         if sequence.deadline_ns:
-            heapq.heappush(self._deadlines, (sequence.deadline_ns, sequence.order, sequence.handle))
+            self._deadlines.add(sequence)
+        self._finish_if_complete(sequence, sequence.arrival_ns)
+
+    def refuse(self, request: Submit, why: str, now: int) -> None:
+        """Tell that a request failed which ``submit`` did not take: it alone ends."""
+        for sample in request.samples:
+            if sample.handle not in self._sequences:
+                self.output.refuse(sample.handle, request.arrival_ns, now, why)
 
     def cancel(self, handle: int, now: int) -> None:
         """End a sequence; an unknown handle is ignored."""
@@ -139,11 +99,8 @@ class Core:
 
     def expire(self, now: int) -> None:
         """End every sequence whose deadline has passed."""
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, order, handle = heapq.heappop(self._deadlines)
-            sequence = self._sequences.get(handle)
-            if sequence is not None and sequence.order == order:
-                self._finish(sequence, Finish.DEADLINE, now)
+        for sequence in self._deadlines.passed(now):
+            self._finish(sequence, Finish.DEADLINE, now)
 
     # ---- plan ----
 
@@ -166,7 +123,7 @@ class Core:
             ahead = sequence.ahead
             length = len(sequence.ids) + ahead
             scheduled = sequence.scheduled
-            if length - scheduled != 1:
+            if length - scheduled != 1 or sequence.unsent:
                 prefilling.append(sequence)
             elif length >= sequence.limit:
                 self._leave(sequence)
@@ -202,12 +159,13 @@ class Core:
             if builder.rows_left <= 0:
                 return
             if sequence.slot >= 0:
+                if sequence.unsent:
+                    builder.send_fragment(sequence)
                 self._chunk(sequence, builder)
 
     def _chunk(self, sequence: Sequence, builder: PlanBuilder) -> None:
-        if sequence.sent_ids < len(sequence.ids) and sequence.sent_ids > 0 and sequence.scheduled:
-            builder.send_fragment(sequence)
-        rows = min(sequence.sent_ids - sequence.scheduled, builder.rows_left)
+        """Compute known ids of a sequence, as many as are sent and as there is room for: at least one."""
+        rows = min(len(sequence.ids) - sequence.unsent - sequence.scheduled, builder.rows_left)
         builder.rows_left -= rows
         builder.chunks.append((sequence, rows))
         builder.schedule(sequence, rows)
@@ -232,7 +190,6 @@ class Core:
         sequence.state = State.RUNNING
         sequence.slot = self._free_slots.pop()
         self._running[sequence] = None
-        sequence.admitted_ns = now
         sequence.started_ns = sequence.started_ns or now
         sequence.decode_start_ns = 0
         if sequence.traced:
@@ -289,11 +246,13 @@ class Core:
             raise ValueError(f"result {result.epoch}.{result.number} answers no plan that is next")
         if len(result.counts) != len(flight.members):
             raise ValueError(f"result {result.number} has {len(result.counts)} rows of {len(flight.members)}")
+        if 4 * sum(result.counts) != len(result.ids):
+            raise ValueError(f"result {result.number} has {len(result.ids)} bytes of {sum(result.counts)} ids")
         self._flights.popleft()
+        self.output.step(flight, result.device_ns, len(self._policy), now)
         self._absorb_rows(flight, result, now)
         for failure in result.failed:
             self._absorb_failure(flight, failure.slot, failure.reason, now)
-        self._trace_step(flight, result, now)
         return flight
 
     def _absorb_rows(self, flight: Flight, result: StepResult, now: int) -> None:
@@ -341,29 +300,6 @@ class Core:
             if its_slot == slot and sequence.state is not State.FINISHED:
                 self._finish(sequence, Finish.FAILED, now, reason)
 
-    def _trace_step(self, flight: Flight, result: StepResult, now: int) -> None:
-        for sequence, rows in flight.chunks:
-            if sequence.traced:
-                self.output.span(Span.PREFILL, sequence, flight.submitted_ns, now, rows, flight.number)
-        if flight.number % self._traced_step_every and not any(sequence.traced for sequence, _ in flight.chunks):
-            return
-        traced = [sequence.handle for sequence in flight.members if sequence.traced]
-        if traced:
-            self.output.steps.append(
-                StepSpan(
-                    flight.number,
-                    flight.submitted_ns,
-                    now,
-                    flight.plan_ns,
-                    result.device_ns,
-                    flight.decodes,
-                    sum(rows for _, rows in flight.chunks),
-                    len(flight.members),
-                    len(self._policy),
-                    pack_u32(traced),
-                )
-            )
-
     # ---- comings and goings ----
 
     def _wait(self, sequence: Sequence, now: int) -> None:
@@ -397,7 +333,6 @@ class Core:
             self.output.span(Span.PREEMPTED, victim, now, now, victim.scheduled, cause=cause)
         self._leave(victim)
         victim.scheduled = 0
-        victim.sent_ids = 0
         self._wait(victim, now)
 
     def _finish(self, sequence: Sequence, reason: Finish, now: int, detail: str = "") -> None:
@@ -412,6 +347,13 @@ class Core:
         sequence.state = State.FINISHED
         del self._sequences[sequence.handle]
         self.output.end(sequence, reason, now, detail)
+
+    def _finish_if_complete(self, sequence: Sequence, now: int) -> None:
+        """What an earlier attempt delivered may be all there is."""
+        if sequence.output_tokens and sequence.ids[-1] in sequence.stop_ids:
+            self._finish(sequence, Finish.STOP, now)
+        elif len(sequence.ids) >= sequence.limit:
+            self._finish(sequence, Finish.LENGTH, now)
 
     def _trace_decode(self, sequence: Sequence, now: int) -> None:
         if sequence.decode_start_ns:
@@ -434,10 +376,6 @@ class Core:
     def last_flight(self) -> Flight | None:
         """The plan made last, if it is not answered yet."""
         return self._flights[-1] if self._flights else None
-
-    def next_deadline(self) -> int | None:
-        """When expire has something to do, at the earliest."""
-        return self._deadlines[0][0] if self._deadlines else None
 
     def take_output(self) -> Step | None:
         """What happened since the last call; None if nothing did."""

@@ -23,7 +23,6 @@ class Sequence:
 
     __slots__ = (
         "active",
-        "admitted_ns",
         "ahead",
         "arrival_ns",
         "blocks",
@@ -44,7 +43,6 @@ class Sequence:
         "sampling",
         "scheduled",
         "seed",
-        "sent_ids",
         "slot",
         "started_ns",
         "state",
@@ -52,6 +50,7 @@ class Sequence:
         "stopping",
         "tenant",
         "traced",
+        "unsent",
         "waiting_tokens",
     )
 
@@ -101,8 +100,8 @@ class Sequence:
         """Plans in flight that it takes part in."""
         self.active = False
         """Whether the device computes it in every plan unless told otherwise."""
-        self.sent_ids = 0
-        """Known ids that were sent to its slot, in the admission and in fragments."""
+        self.unsent = 0
+        """Known ids that its slot has still to be sent, in fragments; no more become known before."""
         self.waiting_tokens = 0
         """What it counts for in the queue."""
         self.preemptions = 0
@@ -110,7 +109,6 @@ class Sequence:
         self.deadline_ns = deadline_ns
         self.queued_ns = arrival_ns
         """When it began to wait, last."""
-        self.admitted_ns = 0
         self.started_ns = 0
         """When it was first admitted."""
         self.first_token_ns = 0
@@ -123,6 +121,6 @@ class Sequence:
         return len(self.ids) - self.prompt_tokens
 
     @property
-    def length(self) -> int:
-        """Tokens, those that are not known yet included."""
-        return len(self.ids) + self.ahead
+    def lives(self) -> bool:
+        """Whether it has not ended."""
+        return self.state is not State.FINISHED

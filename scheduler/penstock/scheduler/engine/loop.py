@@ -3,7 +3,10 @@
 Each turn: beat · take commands · absorb results · send records · plan if it is time · sleep until something happens.
 
 **Late submission.** While a step runs, the next plan is made as late as it can be: at the step's predicted end minus a
-lead. So every plan contains whatever arrived before it, and a request waits for at most one step and a lead.
+lead. So every plan contains whatever arrived before it, and a request waits for at most one step and a lead. What is
+predicted counts from the moment when the step really began, the result before it, so that errors do not add up.
+
+**One poisonous request fails alone**: what the core does not take, whatever it raises, ends as FAILED.
 
 Nothing here blocks but the sleep, which ends after 50 ms at the latest; no record that the gate's ring does not take is
 lost, and while there are any no plan is made.
@@ -22,10 +25,13 @@ from penstock.scheduler.core.policies.fcfs import FirstComeFirstServed
 from penstock.scheduler.engine.timing import StepTimes
 from penstock.scheduler.records import commands, events
 from penstock.scheduler.records.vitals import EngineState, Vitals
+from penstock.telemetry.logging import get_logger
 
 _TURN_S: Final = 0.05
 _LOAD_NS: Final = 100_000_000
 _COMMANDS_A_TURN: Final = 256
+
+log = get_logger(__name__)
 
 
 class Loop:
@@ -52,9 +58,11 @@ class Loop:
         self._running = True
         self._next_load = 0
         self._steps = 0
-        self._busy_until = 0
+        self._began = 0
+        """When the oldest plan in flight began to run."""
         self._last_result = 0
         self._shapes: deque[tuple[tuple[int, int], int]] = deque()
+        """Of each plan in flight its shape, and the host's time for it."""
 
     def run(self) -> None:
         """Until a Shutdown command. Raises ExecutorError if the executor fails."""
@@ -86,7 +94,7 @@ class Loop:
     def _obey(self, command: commands.Command) -> None:
         match command:
             case commands.Submit():
-                self.core.submit(command)
+                self._submit(command)
             case commands.Cancel(handles):
                 now = time.monotonic_ns()
                 for handle in unpack_u32(handles):
@@ -96,6 +104,13 @@ class Loop:
             case commands.Shutdown():
                 self._running = False
 
+    def _submit(self, request: commands.Submit) -> None:
+        try:
+            self.core.submit(request)
+        except Exception as error:  # whatever it is: the loop and all others go on
+            log.error("engine.bad_request", exc_info=error)
+            self.core.refuse(request, f"the engine cannot take it: {error}", time.monotonic_ns())
+
     def _absorb(self, now: int) -> None:
         for result in self._executor.results():
             self.core.absorb(result, now)
@@ -104,6 +119,7 @@ class Loop:
             if self._last_result:
                 self._times.observe_period(now - self._last_result)
             self._last_result = now if self.core.in_flight else 0
+            self._began = now
             self._steps += 1
 
     # ---- out ----
@@ -142,12 +158,10 @@ class Loop:
 
     def _due(self) -> int:
         """When the next plan is to be made: at once if the device idles, or runs a step of unknown length."""
-        flight = self.core.last_flight
-        if flight is None or not self._busy_until or not self._info.tokens_ahead:
+        steps = [self._times.predict(shape) for shape, _ in self._shapes]
+        if not steps or not all(steps) or not self._info.tokens_ahead:
             return 0
-        shape = self._times.shape(flight.decodes, sum(rows for _, rows in flight.chunks))
-        predicted = self._times.predict(shape)
-        return self._busy_until - self._times.lead(predicted) if predicted else 0
+        return self._began + sum(steps) - self._times.lead(steps[-1])
 
     def _plan(self, start: int) -> bool:
         plan = self.core.plan(start)
@@ -158,11 +172,9 @@ class Loop:
         flight.plan_ns = time.monotonic_ns() - start
         self._executor.submit(plan)
         end = time.monotonic_ns()
-        shape = self._times.shape(flight.decodes, sum(rows for _, rows in flight.chunks))
-        self._shapes.append((shape, end - start))
-        predicted = self._times.predict(shape)
-        begins = max(end, self._busy_until) if self.core.in_flight > 1 else end
-        self._busy_until = begins + predicted if predicted else 0
+        if not self._shapes:
+            self._began = end
+        self._shapes.append((self._times.shape(flight.decodes, flight.prefill_rows), end - start))
         return True
 
     def _sleep(self, seconds: float) -> None:

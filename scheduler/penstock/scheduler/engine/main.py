@@ -4,9 +4,12 @@ import gc
 import signal
 import sys
 import threading
+import time
+from typing import Final
 
 from penstock.config.process import die_with_parent, set_process_name
 from penstock.executor.executor import Executor, ExecutorError, Progress
+from penstock.executor.models.errors import one_line
 from penstock.executor.models.progress import ProgressBar
 from penstock.executor.ring import RingHandle, RingReader, RingWriter
 from penstock.executor.step import ModelInfo, ModelSpec
@@ -15,6 +18,10 @@ from penstock.scheduler.records import events
 from penstock.scheduler.records.startup import EngineArguments
 from penstock.scheduler.records.vitals import EngineState, Vitals
 from penstock.telemetry import logging
+
+_LAST_WORDS_S: Final = 1.0
+
+log = logging.get_logger(__name__)
 
 
 def create_executor(name: str) -> Executor:
@@ -85,6 +92,14 @@ def serve(arguments: EngineArguments, events_ring: RingWriter, vitals: Vitals) -
         executor.shutdown()
 
 
+def say_last(event: events.Event, ring: RingWriter, vitals: Vitals) -> None:
+    """Send a record before the end, if the gate makes room for it within a second."""
+    give_up = time.monotonic() + _LAST_WORDS_S
+    while not ring.put(events.encode(event)) and time.monotonic() < give_up:
+        vitals.beat()
+        time.sleep(0.01)
+
+
 def main() -> int:
     """Run the engine; 0 after Shutdown, 1 if it cannot go on (the gate has the reason)."""
     arguments = EngineArguments.parse(sys.argv[1])
@@ -94,12 +109,18 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.configure("engine", arguments.spec.log_level)
     events_ring = RingWriter(RingHandle.decode(arguments.events))
+    vitals = Vitals(arguments.vitals_fd)
     try:
-        serve(arguments, events_ring, Vitals(arguments.vitals_fd))
+        serve(arguments, events_ring, vitals)
     except ExecutorError as error:
-        events_ring.put(events.encode(events.Failed(str(error))))
-        return 1
-    return 0
+        last_words = str(error)
+    except Exception as error:  # a fault of ours: the gate is told, the log has the rest
+        log.error("engine.failed", exc_info=error)
+        last_words = f"the engine failed: {one_line(error)}"
+    else:
+        return 0
+    say_last(events.Failed(last_words), events_ring, vitals)
+    return 1
 
 
 if __name__ == "__main__":

@@ -7,11 +7,15 @@ _WINDOW: Final = 1000
 _REFRESH: Final = 64
 _MARGIN_NS: Final = 300_000
 _WEIGHT: Final = 0.1
+_JUMP: Final = 2.0
+_JUMP_WEIGHT: Final = 0.5
 
 
 class StepTimes:
     """Moving means of device times by batch shape, and the lead of late submission (all in nanoseconds).
 
+    A time that departs from its mean by more than a factor of two weighs more: a device that has become slower or
+    faster is believed within a few steps.
     lead = 99th percentile of the host's time per plan over the last 1,000 steps + 0.3 ms, at most one step.
     """
 
@@ -28,10 +32,9 @@ class StepTimes:
         """Batches of one shape take about as long: the rows' binary orders of magnitude."""
         return decode_rows.bit_length(), prefill_rows.bit_length()
 
-    def predict(self, shape: tuple[int, int]) -> int | None:
-        """The device time of a step of that shape; None if none was seen."""
-        mean = self._means.get(shape)
-        return None if mean is None else int(mean)
+    def predict(self, shape: tuple[int, int]) -> int:
+        """The device time of a step of that shape; 0 if none was seen."""
+        return int(self._means.get(shape, 0))
 
     def lead(self, step_ns: int) -> int:
         """How long before a step's predicted end the next plan is made."""
@@ -39,8 +42,9 @@ class StepTimes:
 
     def observe(self, shape: tuple[int, int], device_ns: int, host_ns: int) -> None:
         """A step of that shape took that long on the device, and that long to plan and send."""
-        mean = self._means.get(shape)
-        self._means[shape] = device_ns if mean is None else mean + _WEIGHT * (device_ns - mean)
+        mean = self._means.get(shape, device_ns)
+        weight = _WEIGHT if mean / _JUMP <= device_ns <= mean * _JUMP else _JUMP_WEIGHT
+        self._means[shape] = mean + weight * (device_ns - mean)
         self._host.append(host_ns)
         self._observed += 1
         if self._observed <= 16 or self._observed % _REFRESH == 0:

@@ -1,0 +1,41 @@
+"""A plan on its way: what its result will be about."""
+
+from array import array
+
+from penstock.scheduler.core.sequence import Sequence
+
+
+class Flight:
+    """A plan that is not answered yet."""
+
+    __slots__ = ("chunks", "decodes", "members", "number", "plan_ns", "silent", "slots", "submitted_ns")
+
+    def __init__(
+        self,
+        number: int,
+        members: list[Sequence],
+        slots: "array[int]",
+        chunks: list[tuple[Sequence, int]],
+        decodes: int,
+        silent: frozenset[Sequence],
+        now: int,
+    ) -> None:
+        self.number = number
+        self.members = members
+        """The sequence of each row, in the plan's order of rows."""
+        self.slots = slots
+        """The slot that each had."""
+        self.chunks = chunks
+        """Who computes known ids, and how many."""
+        self.decodes = decodes
+        """How many decode."""
+        self.silent = silent
+        """Members that sample nothing: known ids are left after this plan."""
+        self.submitted_ns = now
+        self.plan_ns = 0
+        """Time to make the plan; set by whoever measures it."""
+
+    @property
+    def prefill_rows(self) -> int:
+        """Known ids that it computes."""
+        return sum(rows for _, rows in self.chunks)
