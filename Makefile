@@ -54,7 +54,7 @@ lint: lint-code lint-proto
 lint-code: $(VENV)/.develops
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
-	@$(BIN)/lint-imports --no-logo
+	@said=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$said"; exit 1; }
 
 lint-proto: $(VENV)/.develops
 	@cd proto && ../$(BIN)/buf lint
@@ -66,6 +66,7 @@ proto: $(VENV)/.develops
 
 bench: $(VENV)/.develops
 	@for script in $$(grep -l __main__ bench/*.py); do echo "$$script" && $(BIN)/python "$$script" || exit 1; done
+	@$(BIN)/python tools/performance_table.py
 
 clean:
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -277,3 +278,29 @@ def test_the_key_is_sent(address: str, service: Any) -> None:
     with Client(address, api_key="s3cret") as client:
         client.generate("x")
     assert service.metadata[0]["authorization"] == "Bearer s3cret"
+
+
+@pytest.mark.parametrize("timeout_s", [1e10, 1e300, math.inf])
+def test_a_deadline_beyond_what_grpc_knows_is_a_distant_one(address: str, timeout_s: float) -> None:
+    with Client(address, timeout_s=timeout_s) as client:
+        assert client.generate("hello") == EXPECTED
+        assert client.generate("hello", timeout_s=timeout_s) == EXPECTED
+
+
+def test_a_deadline_that_is_no_number_is_refused(address: str) -> None:
+    with pytest.raises(ValueError, match="timeout_s"):
+        Client(address, timeout_s=math.nan)
+    with Client(address) as client, pytest.raises(ValueError, match="timeout_s"):
+        client.generate("hello", timeout_s=math.nan)
+
+
+@pytest.mark.parametrize("key", ["a\nb", "k\u00e9y", "\x00"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_quoted(address: str, key: str) -> None:
+    with pytest.raises(ValueError, match="api_key has characters") as caught:
+        Client(address, api_key=key)
+    assert key not in str(caught.value)
+
+
+def test_an_address_is_needed() -> None:
+    with pytest.raises(ValueError, match="address is empty"):
+        Client("")

@@ -94,3 +94,47 @@ def test_a_serve_that_does_not_answer(tmp_path: Path, command: tuple[str, ...]) 
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [("--help",), ("generate", "--help"), ("generate", "--print-config", "x")])
+def test_output_that_cannot_be_written_is_one_line(words: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "penstock.local.main", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (1, "error: [Errno 28] No space left on device\n")
+
+
+def test_a_reader_who_has_left_is_no_error() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open(write_end, "w") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "penstock.local.main", "--help"],
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_without_a_standard_output_nothing_is_said() -> None:
+    run = 'exec "$0" -m penstock.local.main --help >&-'
+    done = subprocess.run(["sh", "-c", run, sys.executable], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("command", "flag"), [(("generate", "x"), "--address"), (("trace",), "--receiver")])
+def test_the_hint_names_a_flag_that_the_command_has(tmp_path: Path, command: tuple[str, ...], flag: str) -> None:
+    assert penstock(*command, XDG_STATE_HOME=str(tmp_path)).stderr.endswith(f"or name one with {flag}\n")
+    assert f" {flag} " in penstock(command[0], "--help").stdout
+
+
+def test_a_key_that_no_header_can_carry() -> None:
+    done = penstock("generate", "x", "--api-key", "a\nb", "--address", "127.0.0.1:1")
+    assert (done.returncode, done.stderr) == (2, "error: api_key has characters that no header can carry\n")

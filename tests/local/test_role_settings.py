@@ -25,7 +25,9 @@ def test_own_keys_stay() -> None:
     assert split(argv, OWN) == (argv, [])
 
 
-@pytest.mark.parametrize("argv", [["--set"], ["--set", "nothing"], ["--set=nothing"], ["--", "--set", "a=b"]])
+@pytest.mark.parametrize(
+    "argv", [["--set"], ["--set", "nothing"], ["--set=nothing"], ["--set", "=3"], ["--", "--set", "a=b"]]
+)
 def test_what_is_malformed_stays_for_the_parser(argv: list[str]) -> None:
     assert split(argv, OWN) == (argv, [])
 

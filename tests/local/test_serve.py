@@ -142,6 +142,30 @@ def test_the_python_client_of_the_readme(serve: Serve) -> None:
 
 
 @pytest.mark.timeout(180)
+def test_generate_to_where_nothing_can_be_written_is_one_line(serve: Serve) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command("generate", "def add(a, b):\n", "--max-tokens", "4", "--address", serve.address),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (1, "error: [Errno 28] No space left on device\n")
+
+
+def test_text_that_the_terminal_does_not_know_is_replaced(serve: Serve) -> None:
+    done = subprocess.run(
+        command("generate", "# \N{GREEK SMALL LETTER ALPHA}", "--max-tokens", "1", "--address", serve.address),
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("# ?")
+
+
 def test_sigterm_drains_and_leaves_nothing(serve: Serve) -> None:
     assert serve.end(signal.SIGTERM) == 0
     assert serve.left_behind() == []

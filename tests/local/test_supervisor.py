@@ -93,6 +93,14 @@ async def test_a_role_that_cannot_start_has_the_only_word(folder: Path, capfd: p
     assert capfd.readouterr().err == "error: weights.safetensors: tensor norm has a wrong shape\n"
 
 
+async def test_a_role_that_refuses_its_configuration_decides_the_exit_code(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write(folder, SCHEDULER, "print('error: grpc_address: no', file=sys.stderr); sys.exit(2)")
+    assert await lifetime.run(layout(), idle, code_if_stopped=0) == 2
+    assert capfd.readouterr().err == "error: grpc_address: no\n"
+
+
 async def test_a_role_that_ends_later_ends_all(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     seen: list[Running] = []
 

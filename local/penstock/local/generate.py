@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from penstock.client import Client, Completion, RpcError
-from penstock.config import load
+from penstock.config import ConfigError, load
 from penstock.local import state
 from penstock.telemetry import tracing
 
@@ -27,7 +27,7 @@ class GenerateConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     text: Annotated[str, Meta(description="What is to be continued.")]
     max_tokens: Annotated[int, Meta(ge=1, description="Most tokens to generate.")] = 128
-    temperature: Annotated[float | None, Meta(description="0 is greedy. None: the model's default.")] = None
+    temperature: Annotated[float | None, Meta(description="0 is greedy. Default: 1.")] = None
     seed: Annotated[_Natural | None, Meta(description="Makes sampling repeatable.")] = None
     address: Annotated[str | None, Meta(description="HOST:PORT of a service. None: the running `penstock serve`.")] = (
         None
@@ -58,8 +58,8 @@ def main(argv: Sequence[str]) -> int:
             completion = _stream(client, config, sys.stdout)
     except KeyboardInterrupt:
         return _INTERRUPTED
-    except BrokenPipeError:  # whoever read the text has enough
-        return _give_up_stdout()
+    except ValueError as error:  # of the client's arguments
+        raise ConfigError(str(error)) from error
     except RpcError as error:
         print(f"error: {error.code.name}: {error}", file=sys.stderr)
         return 1
@@ -75,7 +75,7 @@ def _where(config: GenerateConfig) -> tuple[str, str | None]:
     """The service's address, and where the spans go."""
     if config.address is not None:
         return config.address, config.otlp_endpoint
-    serve = state.find(state.state_path())
+    serve = state.find(state.state_path(), flag="--address")
     return serve.grpc_address, config.otlp_endpoint or serve.trace_address
 
 
@@ -113,8 +113,3 @@ def _tell(completion: Completion, seconds: float, *, kept: bool) -> None:
 def _report(completion: Completion, descriptor: int) -> None:
     with contextlib.suppress(BrokenPipeError), os.fdopen(descriptor, "w") as pipe:
         pipe.write(json.dumps({"trace_id": completion.trace_id}) + "\n")
-
-
-def _give_up_stdout() -> int:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush complains
-    return 0

@@ -18,7 +18,8 @@ async def run(layout: Layout, work: Work, *, code_if_stopped: int) -> int:
     """Start the roles, do the work, end the roles; the process's exit code.
 
     The first SIGTERM or SIGINT ends the work and drains, a further one kills. A role that ends by itself
-    ends everything: one line on stderr says which, unless the role has said why itself, and the code is 1.
+    ends everything: one line on stderr says which, unless the role has said why itself, and the code is 1, or 2
+    if the role refused its configuration.
     """
     supervisor = Supervisor(layout)
     stop_requested = _stop_requests(supervisor)
@@ -75,7 +76,7 @@ async def _end(supervisor: Supervisor, *, in_order: bool) -> list[RoleFailed]:
 
 
 def _report(faults: Sequence[BaseException | None]) -> int:
-    """One line for the first fault. What is no fault of a role or of the system is raised."""
+    """One line for the first fault, and the exit code. What is no fault of a role or of the system is raised."""
     first = next((fault for fault in faults if fault is not None), None)
     if first is None:
         return 0
@@ -83,4 +84,4 @@ def _report(faults: Sequence[BaseException | None]) -> int:
         raise first
     if not (isinstance(first, RoleFailed) and first.explained):
         print(f"error: {first}", file=sys.stderr)
-    return 1
+    return first.code if isinstance(first, RoleFailed) else 1

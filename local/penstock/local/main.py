@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import NoReturn
 
 from penstock.config import ConfigError, run_or_exit
+from penstock.local import console
 from penstock.local.roles import MODULES, role_command
 from penstock.local.state import NotRunning
 
@@ -37,7 +38,7 @@ penstock COMMAND --help tells more. penstock --version prints the version."""
 
 def main() -> NoReturn:
     """Run the command line of this process."""
-    run_or_exit(lambda: run(sys.argv[1:]))
+    run_or_exit(lambda: console.run(lambda: run(sys.argv[1:])))
 
 
 def run(argv: Sequence[str]) -> int:

@@ -13,6 +13,8 @@ from penstock.local.roles import role_command
 
 _READY_LINE_BYTES = 64 << 10
 _LAST_WORDS_S = 5.0
+_REFUSED = 2
+"""Exit code of a role whose configuration cannot be used."""
 
 
 class Ready(msgspec.Struct, frozen=True):
@@ -26,10 +28,12 @@ class Ready(msgspec.Struct, frozen=True):
 class RoleFailed(Exception):
     """A role ended, or did not get ready in time; the message is one line."""
 
-    def __init__(self, message: str, *, explained: bool = False) -> None:
+    def __init__(self, message: str, *, explained: bool = False, code: int = 1) -> None:
         super().__init__(message)
         self.explained = explained
         """Whether the role itself has already said why, on the standard error that it shares with us."""
+        self.code = code
+        """What the command exits with for it: 2 if the role refused its configuration."""
 
 
 class RoleProcess:
@@ -112,7 +116,11 @@ class RoleProcess:
         if code < 0:
             return RoleFailed(f"the {self.name} (pid {self.pid}) was ended by {signal.Signals(-code).name}")
         explained = code in (1, 2) and not self._was_ready
-        return RoleFailed(f"the {self.name} (pid {self.pid}) ended with exit code {code}", explained=explained)
+        return RoleFailed(
+            f"the {self.name} (pid {self.pid}) ended with exit code {code}",
+            explained=explained,
+            code=_REFUSED if explained and code == _REFUSED else 1,
+        )
 
 
 async def read_line(descriptor: int) -> bytes:

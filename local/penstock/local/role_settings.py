@@ -33,7 +33,7 @@ def split(argv: Sequence[str], own: frozenset[str]) -> tuple[list[str], list[tup
         text = next(words, None) if word == "--set" else _attached(word)
         key, equals, value = (text or "").partition("=")
         name = key.strip().replace("-", "_")
-        if equals and name not in own:
+        if equals and name and name not in own:
             pairs.append((name, value))
         else:
             left += [word] if text is None or word != "--set" else [word, text]

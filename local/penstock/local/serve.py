@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from penstock.config.process import set_process_name
-from penstock.local import lifetime, state
+from penstock.local import console, lifetime, state
 from penstock.local.layout import resolve
 from penstock.local.supervisor import Running
 
@@ -24,12 +24,20 @@ async def _stay(running: Running) -> int:
     path = state.state_path()
     try:
         _write(running, path)
-        print(f"ready grpc={running.grpc_address} model={running.model} pid={os.getpid()}")
-        print('try: penstock generate "def fibonacci(n):"   then: penstock trace', flush=True)
+        _announce(running)
         await asyncio.Event().wait()
     finally:
         state.remove(path, os.getpid())
     return 0
+
+
+def _announce(running: Running) -> None:
+    """One line that it is ready, one of what to try; that nobody can read them is no reason to end."""
+    try:
+        print(f"ready grpc={running.grpc_address} model={running.model} pid={os.getpid()}")
+        print('try: penstock generate "def fibonacci(n):"   then: penstock trace', flush=True)
+    except OSError:
+        console.discard_output()
 
 
 def _write(running: Running, path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-_HINT = "start one with `penstock serve`, or name one with --address"
+_HINT = "start one with `penstock serve`, or name one with {flag}"
 
 
 class NotRunning(Exception):
@@ -53,16 +53,20 @@ def remove(path: Path, pid: int) -> None:
         return
 
 
-def find(path: Path) -> ServeState:
-    """The running `serve`. Raises NotRunning if there is none or the file is left from one that ended."""
+def find(path: Path, *, flag: str = "--address") -> ServeState:
+    """The running `serve`. Raises NotRunning if there is none or the file is left from one that ended.
+
+    `flag` is how the caller's command lets one be named.
+    """
+    hint = _HINT.format(flag=flag)
     try:
         state = msgspec.json.decode(path.read_bytes(), type=ServeState)
     except FileNotFoundError:
-        raise NotRunning(f"no `penstock serve` is running: {_HINT}") from None
+        raise NotRunning(f"no `penstock serve` is running: {hint}") from None
     except (OSError, msgspec.MsgspecError) as error:
-        raise NotRunning(f"{path} cannot be read ({error}): {_HINT}") from None
+        raise NotRunning(f"{path} cannot be read ({error}): {hint}") from None
     if started_ticks(state.pid) != state.started_ticks:
-        raise NotRunning(f"the `penstock serve` of {path} (pid {state.pid}) has ended: {_HINT}")
+        raise NotRunning(f"the `penstock serve` of {path} (pid {state.pid}) has ended: {hint}")
     return state
 
 

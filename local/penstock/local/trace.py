@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     trace_id = config.trace_id.lower()
     if trace_id and not _TRACE_ID.fullmatch(trace_id):
         raise ConfigError(f"TRACE_ID: expected 32 hexadecimal digits, got {config.trace_id!r}")
-    address = config.receiver or state.find(state.state_path()).trace_address
+    address = config.receiver or state.find(state.state_path(), flag="--receiver").trace_address
     try:
         query.show(address, trace_id, sys.stdout)
     except (query.TraceNotFound, query.ReceiverUnavailable) as error:

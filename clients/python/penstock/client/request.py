@@ -25,7 +25,7 @@ _MESSAGE_KEYS = frozenset({"role", "content", "name"})
 
 
 class Options(TypedDict, total=False):
-    """How to generate. What is left out, or None, takes the model's default."""
+    """How to generate. What is left out, or None, takes the default of `penstock.v1.Sampling`."""
 
     model: str
     """Name of a served model; may be left out where there is one only."""
