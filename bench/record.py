@@ -24,7 +24,7 @@ def environment() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "packages": {name: _version(name) for name in _PACKAGES},
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "uncommitted": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/bench/results")),
     }
 
 
