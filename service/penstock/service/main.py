@@ -20,7 +20,7 @@ DESCRIPTION = "The public gRPC front door: authenticates, tokenizes, routes to s
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT. Raises `ConfigError`."""
     arguments = sys.argv[1:] if argv is None else argv
-    config = load(ServiceConfig, arguments, os.environ, prog="python -m penstock.service.main", description=DESCRIPTION)
+    config = load(ServiceConfig, arguments, os.environ, prog="penstock service", description=DESCRIPTION)
     check_ready_fd(config.ready_fd)
     if config.parent_pid is not None:
         die_with_parent(config.parent_pid)

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SchedulerConfig,
         arguments,
         os.environ,
-        prog="python -m penstock.scheduler.gate.main",
+        prog="penstock scheduler",
         description=DESCRIPTION,
         positional="model",
     )
