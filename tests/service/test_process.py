@@ -101,6 +101,25 @@ def test_health_follows_the_scheduler_and_sigterm_drains() -> None:
     asyncio.run(scenario())
 
 
+def test_a_stream_that_is_replaced_is_no_matter_of_health_and_a_scheduler_that_stays_away_is() -> None:
+    async def scenario() -> None:
+        scheduler = FakeScheduler(answer=says("x", end=False))
+        async with scheduler, process_of(scheduler) as (_, address):
+            channel = open_channel(address)
+            await until_health(channel, GENERATION, SERVING)
+            for times in range(2, 5):
+                scheduler.cut()
+                while len(scheduler.hellos) < times:
+                    assert await health(channel, GENERATION) == SERVING
+            await scheduler.stop()
+            await until_health(channel, GENERATION, NOT_SERVING)
+            await scheduler.start()
+            await until_health(channel, GENERATION, SERVING)
+            await channel.close()
+
+    asyncio.run(scenario())
+
+
 def test_what_outlives_the_grace_is_cut_off_and_cancelled() -> None:
     async def scenario() -> None:
         scheduler = FakeScheduler(held=True)

@@ -30,6 +30,8 @@ from penstock.telemetry.tracing import Tracing
 
 NO_PROXY: Final = (("grpc.enable_http_proxy", 0),)
 """Schedulers are neighbours: http_proxy is not meant for them."""
+BLIP_SECONDS: Final = 0.5
+"""For which health says nothing of a stream that is being replaced."""
 CANCEL_SECONDS: Final = 0.2
 """For handlers that are cut off, for their cancels and for the last acknowledgements to reach the schedulers."""
 
@@ -47,6 +49,7 @@ class Service:
         self._links = self._make_links(tokenizers)
         self.fleet = Fleet(self._links, LeastLoaded(), Catalogue(self._links, tokenizers))
         self._server = self._make_server(tracing)
+        self._blip: asyncio.TimerHandle | None = None
         self._health = Health()
         self._health.attach(self._server)
         reflection.enable(self._server)
@@ -133,6 +136,17 @@ class Service:
         self._tell_health()
 
     def _tell_health(self) -> None:
+        """Say it at once, but of a stream that is being replaced only when that takes long: requests wait for it."""
+        if self._serving and not self.fleet.usable and self.fleet.reconnecting:
+            if self._blip is None:
+                self._blip = asyncio.get_running_loop().call_later(BLIP_SECONDS, self._set_health)
+        else:
+            self._set_health()
+
+    def _set_health(self) -> None:
+        if self._blip is not None:
+            self._blip.cancel()
+            self._blip = None
         usable = self._serving and self.fleet.usable
         self._health.set(generation.SERVICE, usable)
         self._health.set(OVERALL, usable)

@@ -40,6 +40,11 @@ class Fleet:
         return any(link.usable for link in self._links)
 
     @property
+    def reconnecting(self) -> bool:
+        """Whether any stream is being replaced."""
+        return any(link.reconnecting for link in self._links)
+
+    @property
     def in_flight(self) -> int:
         """Attempts that wait for a scheduler."""
         return sum(link.in_flight for link in self._links)

@@ -137,7 +137,7 @@ class Link:
     @property
     def reconnecting(self) -> bool:
         """Whether its stream broke a moment ago, and is being replaced."""
-        return self._outbox is None and self._expiry is not None and not self._given_up
+        return self._outbox is None and self._facts is not None and not self._given_up
 
     @property
     def settled(self) -> bool:
