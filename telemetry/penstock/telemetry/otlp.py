@@ -19,7 +19,7 @@ from penstock.telemetry.tracing import Attributes, SpanEmitter, SpanEvent
 
 _QUEUE_SPANS = 8192
 _BATCH_SPANS = 128
-"""Encoding holds the interpreter lock, about 30 µs a span: small batches keep stalls short."""
+"""Encoding holds the interpreter lock: small batches keep stalls short."""
 _FLUSH_PERIOD_MS = 250.0
 _EXPORT_TIMEOUT_S = 5.0
 

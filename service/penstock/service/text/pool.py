@@ -1,7 +1,7 @@
 """`EncodePool`: rendering and encoding off the event loop, so that one huge prompt stalls nobody.
 
 Long prompts have a thread to themselves, where they wait for one another only; the others share a few. A text
-so short that encoding it costs less than handing it to a thread (about 60 µs) is encoded where it is.
+so short that encoding it costs less than handing it to a thread is encoded where it is.
 """
 
 import asyncio
