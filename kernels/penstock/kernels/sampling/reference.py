@@ -1,4 +1,4 @@
-"""The sampling tail in plain torch: temperature, top-k, top-p, and a choice by the Gumbel-max trick.
+"""Choosing tokens in plain torch: temperature, top-k, top-p, min-p, and a choice by the Gumbel-max trick.
 
 What a row yields depends on its own logits, parameters, seed, sample index and position, and on nothing else:
 the noise of vocabulary entry ``v`` is lane ``v % 4`` of Philox4x32-10 with
@@ -7,13 +7,20 @@ the noise of vocabulary entry ``v`` is lane ``v % 4`` of Philox4x32-10 with
 
 so a sequence that is preempted, moved or decoded in other company draws the same noise again.
 
-``argmax(logits / temperature + g)`` with Gumbel noise ``g`` is a draw from ``softmax(logits / temperature)``
-(Gumbel 1954; Maddison et al. 2014): no normalisation, no cumulative sum, no sort.
+``argmax(logits + temperature · g)`` with Gumbel noise ``g`` is a draw from ``softmax(logits / temperature)``
+(Gumbel 1954; Maddison et al. 2014): no normalisation, no cumulative sum, no sort. The temperature multiplies the noise
+rather than dividing the logits, so that none is too small: 0 is the greedy choice.
+
+The filters come in the order of ``transformers``: temperature, top-k, top-p of what top-k left, min-p. (vLLM applies
+min-p before top-k and top-p; the two differ only in the mass of which top-p takes its share.) Each keeps the logits at
+or above a floor, so ties with the last one kept stay. Top-p sums *masses*: probabilities relative to the best one as
+40-bit integers. Integers add up to the same sum in any order, on any device, in any company.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,13 +31,19 @@ LANES = 4
 NUCLEUS_CANDIDATES = 256
 """Top-p looks at this many best tokens first, and sorts the whole row only if they do not hold the mass."""
 
+UNIT_MASS = 2.0**40
+"""The mass of the best token: a row of 2^22 such tokens fits int64."""
+LOG2_E = math.log2(math.e)
+STEEPEST = 2e38
+"""Bound of 1 / temperature: finite, so that the best token's exponent is 0 and not NaN."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingRows:
     """Parameters of the rows of one batch, each a tensor [rows].
 
-    A seed is 64 unsigned bits held in int64. A temperature of 0 asks for the best token. ``top_k`` 0 and
-    ``top_p`` 1 leave everything in.
+    A seed is 64 unsigned bits held in int64. A temperature of 0 asks for the best token. ``top_k`` 0, ``top_p`` 1 and
+    ``min_p`` 0 leave everything in.
     """
 
     temperature: Tensor
@@ -43,10 +56,19 @@ class SamplingRows:
     """int64"""
     sample_index: Tensor
     """int64, in [0, 2^32)"""
+    min_p: Tensor | None = None
+    """float32, in [0, 1]; None: 0 for all"""
 
     def take(self, rows: Tensor) -> SamplingRows:
         """Those rows: int64 indexes or a bool mask."""
-        return SamplingRows(*(getattr(self, field.name)[rows] for field in fields(self)))
+        return SamplingRows(
+            temperature=self.temperature[rows],
+            top_k=self.top_k[rows],
+            top_p=self.top_p[rows],
+            seed=self.seed[rows],
+            sample_index=self.sample_index[rows],
+            min_p=None if self.min_p is None else self.min_p[rows],
+        )
 
 
 def sample(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
@@ -84,41 +106,64 @@ def keep_top_k(logits: Tensor, top_k: Tensor) -> Tensor:
     return logits.masked_fill((logits < floor) & limited[:, None], float("-inf"))
 
 
-def keep_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
+def keep_top_p(logits: Tensor, top_p: Tensor, temperature: Tensor | None = None) -> Tensor:
     """``logits`` with all at -inf but the fewest best tokens whose probabilities reach ``top_p``; ties stay.
 
-    The best token always stays (Holtzman et al. 2020).
+    The best token always stays (Holtzman et al. 2020). ``temperature`` float32 [rows], > 0; None: 1.
     """
     limited = (top_p < 1).nonzero().squeeze(1)
     if not limited.numel():
         return logits
     chosen = logits[limited]
-    probabilities = chosen.softmax(dim=-1)
-    outside = probabilities < _nucleus_floor(probabilities, top_p[limited])[:, None]
+    warmth = torch.ones_like(top_p) if temperature is None else temperature
+    outside = chosen < _nucleus_floor(chosen, top_p[limited], warmth[limited])
     return logits.index_copy(0, limited, chosen.masked_fill(outside, float("-inf")))
 
 
+def keep_min_p(logits: Tensor, min_p: Tensor, temperature: Tensor | None = None) -> Tensor:
+    """``logits`` with all at -inf whose probabilities are below ``min_p`` times the best one (Nguyen et al. 2024).
+
+    ``temperature`` float32 [rows], > 0; None: 1.
+    """
+    warmth = torch.ones_like(min_p) if temperature is None else temperature
+    best = logits.max(dim=-1).values
+    floor = torch.where(min_p > 0, torch.minimum(best + warmth * min_p.log(), best), float("-inf"))
+    return logits.masked_fill(logits < floor[:, None], float("-inf"))
+
+
+def masses(logits: Tensor, best: Tensor, temperature: Tensor) -> Tensor:
+    """Probabilities relative to the best token's, int64 in [0, UNIT_MASS], of ``logits`` [rows, entries].
+
+    ``best`` and ``temperature`` float32 [rows].
+    """
+    steepness = torch.clamp(1.0 / temperature, max=STEEPEST) * LOG2_E
+    return (torch.exp2((logits - best[:, None]) * steepness[:, None]) * UNIT_MASS).long()
+
+
 def _draw(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
-    best = logits.max(dim=-1, keepdim=True).values
-    # Relative to the best, so that a tiny temperature overflows to -inf, never to +inf.
-    scaled = (logits - best) / rows.temperature[:, None]
-    kept = keep_top_p(keep_top_k(scaled, rows.top_k), rows.top_p)
-    return (kept + gumbel_noise(rows, positions, logits.shape[1])).argmax(dim=-1)
+    kept = keep_top_p(keep_top_k(logits, rows.top_k), rows.top_p, rows.temperature)
+    if rows.min_p is not None:
+        kept = keep_min_p(kept, rows.min_p, rows.temperature)
+    return (kept + rows.temperature[:, None] * gumbel_noise(rows, positions, logits.shape[1])).argmax(dim=-1)
 
 
-def _nucleus_floor(probabilities: Tensor, top_p: Tensor) -> Tensor:
-    """The smallest probability inside the nucleus of each row."""
-    candidates = min(NUCLEUS_CANDIDATES, probabilities.shape[1])
-    best = probabilities.topk(candidates, dim=-1).values
-    floor = _reaching(best, top_p)
-    short = (best.sum(dim=-1) < top_p).nonzero().squeeze(1)
+def _nucleus_floor(logits: Tensor, top_p: Tensor, temperature: Tensor) -> Tensor:
+    """The smallest logit [rows, 1] inside the nucleus of each row."""
+    best = logits.max(dim=-1).values
+    total = masses(logits, best, temperature).sum(dim=-1)
+    wanted = (top_p.double() * total.double()).long().clamp(min=1)
+    candidates = logits.topk(min(NUCLEUS_CANDIDATES, logits.shape[1]), dim=-1).values
+    reached = masses(candidates, best, temperature).cumsum(dim=-1)
+    floor = _reaching(candidates, reached, wanted)
+    short = (reached[:, -1] < wanted).nonzero().squeeze(1)
     if short.numel():
-        floor[short] = _reaching(probabilities[short].sort(dim=-1, descending=True).values, top_p[short])
+        ordered = logits[short].sort(dim=-1, descending=True).values
+        reached = masses(ordered, best[short], temperature[short]).cumsum(dim=-1)
+        floor[short] = _reaching(ordered, reached, wanted[short])
     return floor
 
 
-def _reaching(best: Tensor, top_p: Tensor) -> Tensor:
-    """Of probabilities in falling order, the one at which each row's sum reaches ``top_p``, or the last."""
-    before = best.cumsum(dim=-1) - best
-    inside = (before < top_p[:, None]).sum(dim=-1).clamp(min=1)
-    return best.gather(1, (inside - 1)[:, None]).squeeze(1)
+def _reaching(ordered: Tensor, reached: Tensor, wanted: Tensor) -> Tensor:
+    """Of logits in falling order and the masses up to each, the logit [rows, 1] at which ``wanted`` is reached."""
+    before = (reached < wanted[:, None]).sum(dim=-1).clamp(max=ordered.shape[1] - 1)
+    return ordered.gather(1, before[:, None])

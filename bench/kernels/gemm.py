@@ -1,0 +1,119 @@
+"""Which way to compute the matrix products of a decode step: ``python bench/kernels/gemm.py [--model 8b]``.
+
+For each product of a model and each number of rows: cuBLAS, cuBLASLt, and both with operands swapped, in microseconds,
+beside the floor (weights read once at the rate that a matrix-vector product reaches here, or the multiplications at the
+rate of a large product, whichever is longer). The weights of all layers take turns, so that none is in the L2 cache.
+One JSON line a figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+SHAPES = {
+    "0.6b": {"qkv": (4096, 1024), "o": (1024, 2048), "gate_up": (6144, 1024), "down": (1024, 3072)},
+    "8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
+}
+"""Outputs and inputs of each product."""
+ROWS = (1, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+ROTATED_BYTES = 256 * 2**20
+"""Weights that take turns: several times the L2 cache."""
+REPEATS = 7
+
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def swapped(x: Tensor, weight: Tensor) -> Tensor:
+    """The product with operands swapped, its result transposed back into rows."""
+    return torch.mm(weight, x.t()).t().contiguous()
+
+
+def swapped_view(x: Tensor, weight: Tensor) -> Tensor:
+    """The same, its result left transposed."""
+    return torch.mm(weight, x.t())
+
+
+VARIANTS: dict[str, tuple[str, Product]] = {
+    "cublas": ("cublas", linear),
+    "lt": ("cublaslt", linear),
+    "swapped": ("cublas", swapped),
+    "swapped_view": ("cublas", swapped_view),
+    "lt_swapped_view": ("cublaslt", swapped_view),
+}
+
+
+def graph_us(work: Callable[[], object], steps: int) -> float:
+    """Median microseconds of one of the ``steps`` products of ``work``, replayed from a CUDA graph."""
+    work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    times: list[float] = []
+    for _ in range(REPEATS):
+        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        graph.replay()
+        begin.record()
+        for _ in range(3):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1000 * begin.elapsed_time(end) / 3 / steps)
+    return statistics.median(times)
+
+
+def ceilings() -> tuple[float, float]:
+    """Bytes a second of a matrix-vector product, FLOP a second of a large product."""
+    weight = torch.randn(65536, 8192, dtype=torch.bfloat16, device="cuda")
+    vector = torch.randn(8192, dtype=torch.bfloat16, device="cuda")
+    read = weight.numel() * 2 / (1e-6 * graph_us(lambda: torch.mv(weight, vector), 1))
+    square = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    rate = 2 * 8192**3 / (1e-6 * graph_us(lambda: torch.mm(square, square), 1))
+    return read, rate
+
+
+def measure(outputs: int, inputs: int, rows: int) -> dict[str, float]:
+    """Microseconds of each variant."""
+    copies = max(2, ROTATED_BYTES // (2 * outputs * inputs))
+    weights = [torch.randn(outputs, inputs, dtype=torch.bfloat16, device="cuda") * 0.02 for _ in range(copies)]
+    x = torch.randn(rows, inputs, dtype=torch.bfloat16, device="cuda")
+    found = {}
+    for name, (library, product) in VARIANTS.items():
+        torch.backends.cuda.preferred_blas_library(library)
+
+        def work(product: Product = product) -> None:
+            for weight in weights:
+                product(x, weight)
+
+        found[name] = graph_us(work, copies)
+    torch.backends.cuda.preferred_blas_library("default")
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=SHAPES, action="append")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    arguments = parser.parse_args()
+    read, rate = ceilings()
+    print(json.dumps({"ceilings": {"bytes_s": read, "flop_s": rate}, "device": torch.cuda.get_device_name()}))
+    with torch.inference_mode():
+        for model in arguments.model or SHAPES:
+            for name, (outputs, inputs) in SHAPES[model].items():
+                for rows in arguments.rows:
+                    floor = 1e6 * max(2 * outputs * inputs / read, 2 * outputs * inputs * rows / rate)
+                    times = {key: round(value, 2) for key, value in measure(outputs, inputs, rows).items()}
+                    case = {"model": model, "product": name, "rows": rows, "floor_us": round(floor, 2)}
+                    print(json.dumps(case | times))
+
+
+if __name__ == "__main__":
+    main()
