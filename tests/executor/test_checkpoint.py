@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from penstock.executor.models.checkpoint import list_tensors, read_header, stream_tensors
+from penstock.executor.models.checkpoint import Piece, list_tensors, open_files, read_header, read_piece
 from penstock.executor.models.config import read_config
 from penstock.executor.models.errors import CheckpointError
 from penstock.executor.models.registry import Model, build_model
-from penstock.executor.models.weights import LoadedWeights, load_weights
+from penstock.executor.models.weights import LoadedWeights, draw_weights, load_weights
 from support.tiny_llama import TinyLlama, build_tiny_llama, random_weights, save_weights
 
 SHAPE = TinyLlama(vocab_size=259, num_hidden_layers=1)
@@ -24,9 +27,11 @@ K_PROJ = "model.layers.0.self_attn.k_proj.weight"
 Spoil = Callable[[Path], object]
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Model, LoadedWeights, list[tuple[int, int]]]:
+def load(
+    folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Model, LoadedWeights, list[tuple[int, int]]]:
     seen: list[tuple[int, int]] = []
-    model = build_model(folder, read_config(folder), dtype)
+    model = build_model(read_config(folder), dtype, torch.device(device))
     return model, load_weights(model, folder, lambda done, total: seen.append((done, total))), seen
 
 
@@ -89,12 +94,90 @@ def test_a_copy_of_a_tied_head_is_passed_over(tmp_path: Path) -> None:
     assert torch.equal(model.destinations()["model.embed_tokens.weight"], weights["model.embed_tokens.weight"])
 
 
-def test_streaming_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
-    """Each tensor has memory of its own, no larger than itself, and is not kept by the reader."""
+@pytest.mark.parametrize("readers", [1, 4])
+def test_large_tensors_come_in_pieces(readers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces that end in the middle of a row, progress after each; nothing larger than a piece is read at once."""
+    monkeypatch.setattr("penstock.executor.models.weights.PIECE_BYTES", 1000)
+    monkeypatch.setattr("penstock.executor.models.weights.HOST_READERS", readers)
+    build_tiny_llama(tmp_path, seed=5, shape=SHAPE, shards=2)
+    model, loaded, seen = load(tmp_path)
+    weights = random_weights(SHAPE, 5)
+    for name, tensor in model.destinations().items():
+        assert torch.equal(tensor, weights[name]), name
+    steps = [after - before for (before, _), (after, _) in pairwise(seen)]
+    assert max(steps) == 1000
+    assert sum(steps) == loaded.weight_bytes
+    assert len(steps) == sum(-(-tensor.nbytes // 1000) for tensor in weights.values())
+
+
+def test_a_fault_in_one_of_several_readers_ends_the_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build_tiny_llama(tmp_path, shape=SHAPE)
-    for entry, tensor in stream_tensors(list_tensors(tmp_path)):
-        assert tensor.untyped_storage().nbytes() == entry.size
-        assert tensor.shape == entry.shape
+    read: list[str] = []
+
+    def fail(file: BinaryIO, piece: Piece, memory: memoryview) -> None:
+        read.append(piece.entry.name)
+        time.sleep(0.01)
+        raise CheckpointError(piece.entry.path, "is truncated", piece.entry.name)
+
+    monkeypatch.setattr("penstock.executor.models.weights.HOST_READERS", 2)
+    monkeypatch.setattr("penstock.executor.models.weights.PIECE_BYTES", 100)
+    monkeypatch.setattr("penstock.executor.models.weights.read_piece", fail)
+    with pytest.raises(CheckpointError, match="is truncated"):
+        load(tmp_path)
+    assert len(read) < 500  # of thousands
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    build_tiny_llama(tmp_path, shape=SHAPE)
+    entries = list_tensors(tmp_path)
+    truncate(tmp_path, entries[-1].offset + 10)
+    with open_files(entries) as files, pytest.raises(CheckpointError) as caught:
+        read_piece(files[entries[-1].path], Piece(entries[-1], 0, 16), memoryview(bytearray(64)))
+    for part in ("model.safetensors", entries[-1].name, "truncated"):
+        assert part in str(caught.value)
+
+
+def test_drawn_weights_need_the_configuration_only(tmp_path: Path) -> None:
+    shape = replace(SHAPE, attention_bias=True, model_type="qwen3", hidden_size=256)
+    build_tiny_llama(tmp_path, shape=shape)
+    (tmp_path / "model.safetensors").unlink()
+    first, second = (build_model(read_config(tmp_path), torch.bfloat16, torch.device("cpu")) for _ in "ab")
+    loaded = draw_weights(first)
+    assert loaded.digest.startswith("dummy")
+    assert loaded.weight_bytes == 2 * loaded.parameters
+    assert draw_weights(second) == loaded
+    for name, tensor in first.destinations().items():
+        assert torch.equal(tensor, second.destinations()[name]), name
+        if name.endswith(("norm.weight", ".bias")):
+            assert torch.equal(tensor, torch.full_like(tensor, 1.0 if name.endswith("norm.weight") else 0.0)), name
+        else:
+            assert 0.019 < tensor.float().std() < 0.021, name
+    assert not torch.equal(*(first.destinations()[f"model.layers.0.mlp.{part}_proj.weight"] for part in ("gate", "up")))
+    draw_weights(second, seed=1)
+    assert not torch.equal(*(model.destinations()["lm_head.weight"] for model in (first, second)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gpu_gets_what_the_host_gets(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through many small pieces, so that all readers take part."""
+    monkeypatch.setattr("penstock.executor.models.weights.PIECE_BYTES", 1000)
+    build_tiny_llama(tmp_path, seed=5, shape=replace(SHAPE, attention_bias=True), shards=2)
+    on_gpu, on_host = (load(tmp_path, dtype, device) for device in ("cuda", "cpu"))
+    assert on_gpu[1:] == on_host[1:]
+    for name, tensor in on_host[0].destinations().items():
+        assert torch.equal(on_gpu[0].destinations()[name].cpu(), tensor), name
+
+
+@pytest.mark.gpu
+def test_weights_are_drawn_on_the_gpu(tmp_path: Path) -> None:
+    build_tiny_llama(tmp_path, shape=replace(SHAPE, hidden_size=256))
+    model = build_model(read_config(tmp_path), torch.bfloat16, torch.device("cuda"))
+    assert draw_weights(model).digest.startswith("dummy")
+    for name, tensor in model.destinations().items():
+        assert tensor.is_cuda
+        if not name.endswith("norm.weight"):
+            assert 0.019 < tensor.float().std().item() < 0.021, name
 
 
 SPOILS: dict[str, tuple[Spoil, tuple[str, ...]]] = {

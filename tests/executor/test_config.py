@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from penstock.executor.models.config import ModelConfig, RopeConfig, read_config
+from penstock.executor.models.config import FAMILY_DEFAULTS, ModelConfig, RopeConfig, read_config
 from penstock.executor.models.errors import CheckpointError
-from support.tiny_llama import LLAMA3_SCALING, TinyLlama
+from penstock.executor.models.registry import FAMILIES
+from support.tiny_llama import LLAMA3_SCALING, TINY_QWEN3, TinyLlama
 
 LLAMA3 = RopeConfig(5e5, "llama3", 4.0, 1.0, 4.0, 64)
 
@@ -35,6 +36,22 @@ def test_what_is_derived(tmp_path: Path) -> None:
     assert config.head_dim == 64 // 4
     assert config.kv_heads == 4
     assert config.dtype == "bfloat16"
+
+
+def test_what_qwen3_leaves_out(tmp_path: Path) -> None:
+    config = read(tmp_path, **TINY_QWEN3.config() | {"head_dim": None, "max_position_embeddings": None})
+    assert (config.architecture, config.head_dim, config.max_positions) == ("Qwen3ForCausalLM", 128, 32_768)
+
+
+def test_a_family_that_can_be_read_can_be_built() -> None:
+    assert FAMILIES.keys() == FAMILY_DEFAULTS.keys()
+
+
+@pytest.mark.parametrize("file", ["quantize_config.json", "hf_quant_config.json"])
+def test_quantization_that_is_told_in_a_file_of_its_own(file: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(CheckpointError, match=f"{file}: quantized checkpoints are not supported"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +87,12 @@ def test_ends_of_sequence_of_both_files(tmp_path: Path) -> None:
         ({"eos_token_id": 320}, "eos_token_id 320 is outside the vocabulary of 320"),
         ({"eos_token_id": [1, "x"]}, "must be token ids"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized checkpoints (quantization_config) are"),
+        ({"quantization_config": {}}, "quantized checkpoints (quantization_config) are"),
+        ({"compression_config": {"format": "int-quantized"}}, "quantized checkpoints (compression_config) are"),
+        ({"use_sliding_window": True}, "sliding windows (use_sliding_window) are not supported"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "only 'full_attention'"),
+        ({"architectures": ["GPT2LMHeadModel"], "hidden_size": None}, "architecture 'GPT2LMHeadModel' is not"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),
         ({"rope_scaling": "long"}, "rope_scaling is not a JSON object"),

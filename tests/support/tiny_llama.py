@@ -1,4 +1,4 @@
-"""Random tiny Llama checkpoints, made from a seed: small enough for tests, complete enough to be served."""
+"""Random tiny Llama and Qwen3 checkpoints, made from a seed: small enough for tests, complete enough to be served."""
 
 from __future__ import annotations
 
@@ -23,10 +23,16 @@ LLAMA3_SCALING: dict[str, object] = {
 }
 
 
+FAMILIES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+"""By model_type."""
+
+
 @dataclass(frozen=True, slots=True)
 class TinyLlama:
     """The shape of a tiny model. The defaults have 4 query heads on 2 key heads and an untied head."""
 
+    model_type: str = "llama"
+    """Or "qwen3": each query and key head has a norm."""
     vocab_size: int = 320
     hidden_size: int = 64
     intermediate_size: int = 96
@@ -49,12 +55,15 @@ class TinyLlama:
         """``config.json``."""
         shape = {key: value for key, value in asdict(self).items() if value is not None or key == "eos_token_id"}
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [FAMILIES[self.model_type]],
             "hidden_act": "silu",
             "bos_token_id": 1,
             **shape,
         }
+
+
+TINY_QWEN3 = TinyLlama(model_type="qwen3", head_dim=24, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=True)
+"""Heads larger than their share of the hidden size, and a tied head, as the small models of the family have."""
 
 
 def random_weights(shape: TinyLlama, seed: int) -> dict[str, Tensor]:
@@ -69,8 +78,8 @@ def random_weights(shape: TinyLlama, seed: int) -> dict[str, Tensor]:
         found = {f"{name}.weight": random(outputs, inputs, scale=1.5 / inputs**0.5)}
         return found | ({f"{name}.bias": random(outputs, scale=0.3)} if bias else {})
 
-    def norm(name: str) -> dict[str, Tensor]:
-        return {f"{name}.weight": 1 + random(shape.hidden_size, scale=0.1)}
+    def norm(name: str, size: int = shape.hidden_size, scale: float = 0.1) -> dict[str, Tensor]:
+        return {f"{name}.weight": 1 + random(size, scale=scale)}
 
     hidden, inner = shape.hidden_size, shape.intermediate_size
     queries, shared = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
@@ -80,6 +89,9 @@ def random_weights(shape: TinyLlama, seed: int) -> dict[str, Tensor]:
         for part, outputs in (("q", queries), ("k", shared), ("v", shared)):
             found |= linear(f"{layer}.self_attn.{part}_proj", outputs, hidden, shape.attention_bias)
         found |= linear(f"{layer}.self_attn.o_proj", hidden, queries, shape.attention_bias)
+        if shape.model_type == "qwen3":
+            found |= norm(f"{layer}.self_attn.q_norm", shape.head_dim, 0.5)
+            found |= norm(f"{layer}.self_attn.k_norm", shape.head_dim, 0.5)
         found |= linear(f"{layer}.mlp.gate_proj", inner, hidden, shape.mlp_bias)
         found |= linear(f"{layer}.mlp.up_proj", inner, hidden, shape.mlp_bias)
         found |= linear(f"{layer}.mlp.down_proj", hidden, inner, shape.mlp_bias)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+
+from penstock.executor.layers.placement import Placement
 
 
 class Linear:
@@ -16,22 +17,31 @@ class Linear:
     tensors fill. A matrix that stands alone is a map of one part.
     """
 
-    def __init__(self, inputs: int, parts: Mapping[str, int], *, bias: bool, dtype: torch.dtype) -> None:
-        """``parts``: checkpoint name and number of outputs, in order. The loader sets the parameters."""
+    def __init__(
+        self, inputs: int, parts: Mapping[str, int], place: Placement, *, bias: bool = False, adapter_rows: int = 0
+    ) -> None:
+        """``parts``: checkpoint name and number of outputs, in order. The loader sets the parameters.
+
+        ``adapter_rows`` zeroed rows stand in ``weight`` behind those of the parts: room for matrices of adapters, whose
+        products with ``x`` are then part of the same product.
+        """
         self.parts = dict(parts)
         outputs = sum(parts.values())
-        self.weight = torch.empty(outputs, inputs, dtype=dtype)
-        self.bias = torch.empty(outputs, dtype=dtype) if bias else None
+        self.weight = place.empty(outputs + adapter_rows, inputs)
+        self.weight[outputs:].zero_()
+        self.bias = place.empty(outputs) if bias else None
+        self._base = self.weight[:outputs]
+        self._products = place.products
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[rows, inputs] → [rows, all outputs]."""
-        return linear(x, self.weight, self.bias)
+        """[rows, inputs] → [rows, all outputs]; no adapter takes part."""
+        return self._products(x, self._base, self.bias)
 
     def destinations(self, name: str) -> dict[str, Tensor]:
         """The checkpoint tensors under ``name`` and the rows of this map that each fills."""
         sizes = list(self.parts.values())
         found: dict[str, Tensor] = {}
-        for kind, parameter in (("weight", self.weight), ("bias", self.bias)):
+        for kind, parameter in (("weight", self._base), ("bias", self.bias)):
             if parameter is not None:
                 for part, rows in zip(self.parts, torch.split(parameter, sizes), strict=True):
                     found[f"{name}.{part}.{kind}"] = rows

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm
+
+from penstock.executor.layers.placement import Placement
+from penstock.kernels.norm import add_rms_norm
 
 
 class RMSNorm:
     """``x / sqrt(mean(x²) + eps) · weight`` over the last dimension, the mean taken in float32."""
 
-    def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
+    def __init__(self, size: int, eps: float, place: Placement) -> None:
         """The weight is left unset: the loader fills it."""
-        self.weight = torch.empty(size, dtype=dtype)
+        self.weight = place.empty(size)
         self.eps = eps
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Same shape and dtype out."""
-        return rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Add ``x`` [rows, size] to the residual stream, in place, and normalise the sum.
+
+        None: the stream begins with ``x``. Returns the normalised sum and the stream.
+        """
+        return add_rms_norm(x, residual, self.weight, self.eps)
 
     def destinations(self, name: str) -> dict[str, Tensor]:
         """The checkpoint tensor of the layer called ``name``, and what it fills."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -26,9 +27,16 @@ class Rotation(NamedTuple):
 class RotaryEmbedding:
     """The angles of positions. Frequencies and angles are float32 whatever the model's dtype."""
 
-    def __init__(self, head_dim: int, rope: RopeConfig) -> None:
+    def __init__(self, head_dim: int, rope: RopeConfig, max_positions: int, device: torch.device) -> None:
         """``head_dim`` is even."""
         self.frequencies = _frequencies(head_dim, rope)
+        self._max_positions, self._device = max_positions, device
+
+    @functools.cached_property
+    def table(self) -> Tensor:
+        """Cosines and sines of every position, float32 [max_positions, head_dim], cosines in the first half."""
+        angles = torch.arange(self._max_positions, dtype=torch.float32)[:, None] * self.frequencies
+        return torch.cat((angles.cos(), angles.sin()), dim=-1).to(self._device)
 
     def at(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         """The rotation of rows at ``positions`` int64 [rows], in ``dtype``."""

@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, cast
@@ -64,13 +65,47 @@ def list_tensors(folder: Path) -> list[TensorEntry]:
     raise CheckpointError(folder / SINGLE_FILE, f"no such file, and no {INDEX_FILE} beside it")
 
 
-def stream_tensors(entries: list[TensorEntry]) -> Iterator[tuple[TensorEntry, Tensor]]:
-    """Read tensor after tensor, each into memory of its own: drop one before taking the next."""
-    for path in dict.fromkeys(entry.path for entry in entries):
-        with _open(path) as file:
-            for entry in entries:
-                if entry.path == path:
-                    yield entry, _read_tensor(file, entry)
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive elements of a tensor, few enough to be read at once."""
+
+    entry: TensorEntry
+    start: int
+    """Element."""
+    count: int
+    """Elements."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.count * self.entry.dtype.itemsize
+
+
+def split_tensor(entry: TensorEntry, max_bytes: int) -> list[Piece]:
+    """The pieces of a tensor in order: all of ``max_bytes``, a multiple of four, but the last."""
+    elements, step = entry.size // entry.dtype.itemsize, max_bytes // entry.dtype.itemsize
+    return [Piece(entry, start, min(step, elements - start)) for start in range(0, elements, step)]
+
+
+@contextmanager
+def open_files(entries: Iterable[TensorEntry]) -> Iterator[dict[Path, BinaryIO]]:
+    """The files of these tensors, each opened once."""
+    with ExitStack() as stack:
+        yield {path: stack.enter_context(_open(path)) for path in dict.fromkeys(entry.path for entry in entries)}
+
+
+def read_piece(file: BinaryIO, piece: Piece, memory: memoryview) -> None:
+    """Fill ``memory``, ``piece.size`` bytes. Any number of threads may read one file."""
+    entry, done = piece.entry, 0
+    first = entry.offset + piece.start * entry.dtype.itemsize
+    while done < piece.size:
+        try:
+            read = os.preadv(file.fileno(), [memory[done:]], first + done)
+        except OSError as error:
+            raise CheckpointError(entry.path, f"cannot be read: {error.strerror}", entry.name) from None
+        if not read:
+            raise CheckpointError(entry.path, f"is truncated: it ends at byte {first + done}", entry.name)
+        done += read
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -178,16 +213,3 @@ def _list_shard(path: Path, indexed: set[str]) -> list[TensorEntry]:
     for name in sorted(found.keys() - indexed):
         raise CheckpointError(path, f"is unexpected: {INDEX_FILE} does not have it here", name)
     return list(found.values())
-
-
-def _read_tensor(file: BinaryIO, entry: TensorEntry) -> Tensor:
-    tensor = torch.empty(entry.shape, dtype=entry.dtype)
-    view = tensor_bytes(tensor)
-    file.seek(entry.offset)
-    done = 0
-    while done < entry.size:
-        read = cast(int, file.readinto(view[done:]))  # type: ignore[attr-defined]
-        if not read:
-            raise CheckpointError(entry.path, f"is truncated: {done} of {entry.size} bytes", entry.name)
-        done += read
-    return tensor

@@ -17,6 +17,9 @@ CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 MAX_CONFIG_BYTES = 16 * 2**20
 HALF_DTYPES = ("bfloat16", "float16")
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Where exporters that do not write into ``config.json`` say it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of a decoder-only transformer of the Llama family."""
+    """The shape of a decoder-only transformer that is built like Llama."""
 
     architecture: str
     vocab_size: int
@@ -54,6 +57,22 @@ class ModelConfig:
     """bfloat16 for any 16-bit checkpoint."""
 
 
+@dataclass(frozen=True, slots=True)
+class FamilyDefaults:
+    """What ``config.json`` leaves out if it is this."""
+
+    max_positions: int
+    head_dim: int | None = None
+    """None: the share of a head in the hidden size."""
+
+
+FAMILY_DEFAULTS = {
+    "LlamaForCausalLM": FamilyDefaults(max_positions=2048),
+    "Qwen3ForCausalLM": FamilyDefaults(max_positions=32_768, head_dim=128),
+}
+"""By the name in ``architectures``: those that can be served."""
+
+
 def read_config(folder: Path) -> ModelConfig:
     """Read ``config.json``, and the end-of-sequence ids of ``generation_config.json`` if there is one.
 
@@ -61,12 +80,13 @@ def read_config(folder: Path) -> ModelConfig:
     """
     path = folder / CONFIG_FILE
     fields = ConfigFields(path, read_json_object(path))
-    if fields.raw.get("quantization_config") is not None:
-        raise CheckpointError(path, "quantized checkpoints (quantization_config) are not supported")
+    architecture = _architecture(fields)
+    _refuse_quantized(folder, fields)
+    _refuse_windows(fields)
     activation = fields.text("hidden_act", "silu")
     if activation != "silu":
         raise CheckpointError(path, f"hidden_act {activation!r} is not supported, only 'silu'")
-    config = _model_config(fields, _eos_ids(folder, fields))
+    config = _model_config(architecture, fields, _eos_ids(folder, fields))
     _check_shape(path, config)
     return config
 
@@ -142,18 +162,19 @@ class ConfigFields:
         return value
 
 
-def _model_config(fields: ConfigFields, eos_ids: tuple[int, ...]) -> ModelConfig:
+def _model_config(architecture: str, fields: ConfigFields, eos_ids: tuple[int, ...]) -> ModelConfig:
+    defaults = FAMILY_DEFAULTS[architecture]
     heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
-    max_positions = fields.integer("max_position_embeddings", 2048)
+    max_positions = fields.integer("max_position_embeddings", defaults.max_positions)
     return ModelConfig(
-        architecture=_architecture(fields),
+        architecture=architecture,
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden,
         intermediate_size=fields.integer("intermediate_size"),
         layers=fields.integer("num_hidden_layers"),
         heads=heads,
         kv_heads=fields.integer("num_key_value_heads", heads),
-        head_dim=fields.integer("head_dim", max(hidden // heads, 1)),
+        head_dim=fields.integer("head_dim", defaults.head_dim or max(hidden // heads, 1)),
         max_positions=max_positions,
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         rope=_rope(fields, max_positions),
@@ -180,7 +201,28 @@ def _architecture(fields: ConfigFields) -> str:
     names = fields.raw.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise CheckpointError(fields.path, "architectures must be a list of one name")
+    if names[0] not in FAMILY_DEFAULTS:
+        fault = f"architecture {names[0]!r} is not supported, only {', '.join(FAMILY_DEFAULTS)}"
+        raise CheckpointError(fields.path, fault)
     return names[0]
+
+
+def _refuse_quantized(folder: Path, fields: ConfigFields) -> None:
+    for key in QUANTIZATION_KEYS:
+        if fields.raw.get(key) is not None:
+            raise CheckpointError(fields.path, f"quantized checkpoints ({key}) are not supported")
+    for file in QUANTIZATION_FILES:
+        if (folder / file).exists():
+            raise CheckpointError(folder / file, "quantized checkpoints are not supported")
+
+
+def _refuse_windows(fields: ConfigFields) -> None:
+    """Attention that does not see the whole past."""
+    if fields.flag("use_sliding_window", False):
+        raise CheckpointError(fields.path, "sliding windows (use_sliding_window) are not supported")
+    kinds = fields.raw.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        raise CheckpointError(fields.path, f"layer_types {kinds!r:.60} are not supported, only 'full_attention'")
 
 
 def _dtype(fields: ConfigFields) -> ModelDtype:

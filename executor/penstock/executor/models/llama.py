@@ -4,6 +4,8 @@ x  = embed(ids)
 x += output(attention(rotate(q, k), v))     of  norm(x)       in every layer
 x += down(silu(gate) · up)                  of  norm(x)
 logits = head(norm(x))
+
+``x`` is the residual stream. A block hands on what is to be added to it, and the next norm adds and normalises at once.
 """
 
 from __future__ import annotations
@@ -12,96 +14,141 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear, silu
+from torch.nn.functional import embedding
 
-from penstock.executor.layers.attention import AttentionBatch, LayerCache, PagedAttention
+from penstock.executor.layers.attention import AttentionStep, LayerCache, PagedAttention
 from penstock.executor.layers.linear import Linear
 from penstock.executor.layers.norm import RMSNorm
-from penstock.executor.layers.rotary import RotaryEmbedding, Rotation
+from penstock.executor.layers.placement import Placement
+from penstock.executor.layers.rotary import RotaryEmbedding
 from penstock.executor.models.config import ModelConfig
+from penstock.kernels.activation import silu_mul
 
 
 class SelfAttention:
     """Grouped-query self-attention over pages, its three input products merged."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        """Parameters are left unset."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        rotary: RotaryEmbedding,
+        place: Placement,
+        *,
+        q_norm: RMSNorm | None = None,
+        k_norm: RMSNorm | None = None,
+    ) -> None:
+        """Parameters are left unset. Llama has no norms of heads; see :class:`PagedAttention` for families that do."""
         queries, shared = config.heads * config.head_dim, config.kv_heads * config.head_dim
         parts = {"q_proj": queries, "k_proj": shared, "v_proj": shared}
-        self.qkv = Linear(config.hidden_size, parts, bias=config.attention_bias, dtype=dtype)
-        self.attend = PagedAttention(config.heads, config.kv_heads, config.head_dim)
-        self.output = Linear(queries, {"o_proj": config.hidden_size}, bias=config.attention_bias, dtype=dtype)
+        self.qkv = Linear(config.hidden_size, parts, place, bias=config.attention_bias)
+        self.attend = PagedAttention(
+            config.heads, config.kv_heads, config.head_dim, rotary, q_norm=q_norm, k_norm=k_norm
+        )
+        self.output = Linear(queries, {"o_proj": config.hidden_size}, place, bias=config.attention_bias)
 
-    def __call__(self, x: Tensor, rotation: Rotation, batch: AttentionBatch, cache: LayerCache) -> Tensor:
-        """[rows, hidden] → [rows, hidden]."""
-        return self.output(self.attend(self.qkv(x), rotation, batch, cache))
+    def __call__(self, x: Tensor, step: AttentionStep, cache: LayerCache, chosen: Tensor | None) -> Tensor:
+        """[rows, hidden] → [rows, hidden]; of the ``chosen`` rows only unless that is None."""
+        attended = self.attend(self.qkv(x), step, cache)
+        return self.output(attended if chosen is None else attended.index_select(0, chosen))
+
+    def destinations(self, name: str) -> dict[str, Tensor]:
+        """The checkpoint tensors of the block called ``name``, and what each fills."""
+        found = self.qkv.destinations(name) | self.output.destinations(name)
+        for part, norm in (("q_norm", self.attend.q_norm), ("k_norm", self.attend.k_norm)):
+            if norm is not None:
+                found |= norm.destinations(f"{name}.{part}")
+        return found
 
 
 class FeedForward:
     """The gated feed-forward block, SwiGLU (Shazeer 2020), gate and up merged."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, place: Placement) -> None:
         """Parameters are left unset."""
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_up = Linear(hidden, {"gate_proj": inner, "up_proj": inner}, bias=bias, dtype=dtype)
-        self.down = Linear(inner, {"down_proj": hidden}, bias=bias, dtype=dtype)
+        self.gate_up = Linear(hidden, {"gate_proj": inner, "up_proj": inner}, place, bias=bias)
+        self.down = Linear(inner, {"down_proj": hidden}, place, bias=bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, hidden] → [rows, hidden]."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(silu(gate) * up)
+        return self.down(silu_mul(self.gate_up(x)))
+
+    def destinations(self, name: str) -> dict[str, Tensor]:
+        """The checkpoint tensors of the block called ``name``, and what each fills."""
+        return self.gate_up.destinations(name) | self.down.destinations(name)
 
 
 class Layer:
-    """One block: attention and feed-forward, each on a normalised copy of the residual stream."""
+    """Attention and feed-forward, each of a normalised copy of the residual stream."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, attention: SelfAttention, config: ModelConfig, place: Placement) -> None:
         """Parameters are left unset."""
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
-        self.attention = SelfAttention(config, dtype)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
-        self.feed_forward = FeedForward(config, dtype)
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, place)
+        self.attention = attention
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps, place)
+        self.feed_forward = FeedForward(config, place)
 
-    def __call__(self, x: Tensor, rotation: Rotation, batch: AttentionBatch, cache: LayerCache) -> Tensor:
-        """[rows, hidden] → [rows, hidden]."""
-        x = x + self.attention(self.attention_norm(x), rotation, batch, cache)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, step: AttentionStep, cache: LayerCache, chosen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``x`` [rows, hidden] is to be added to the ``residual`` stream, None where it begins.
+
+        Returns the same pair for the next layer; of the ``chosen`` rows only unless that is None.
+        """
+        x, residual = self.attention_norm(x, residual)
+        x = self.attention(x, step, cache, chosen)
+        x, residual = self.feed_forward_norm(x, residual if chosen is None else residual.index_select(0, chosen))
+        return self.feed_forward(x), residual
+
+    def linears(self) -> tuple[Linear, ...]:
+        """The products of the layer."""
+        return self.attention.qkv, self.attention.output, self.feed_forward.gate_up, self.feed_forward.down
 
     def destinations(self, name: str) -> dict[str, Tensor]:
         """The checkpoint tensors of the layer called ``name``, and what each fills."""
         return {
             **self.attention_norm.destinations(f"{name}.input_layernorm"),
-            **self.attention.qkv.destinations(f"{name}.self_attn"),
-            **self.attention.output.destinations(f"{name}.self_attn"),
+            **self.attention.destinations(f"{name}.self_attn"),
             **self.feed_forward_norm.destinations(f"{name}.post_attention_layernorm"),
-            **self.feed_forward.gate_up.destinations(f"{name}.mlp"),
-            **self.feed_forward.down.destinations(f"{name}.mlp"),
+            **self.feed_forward.destinations(f"{name}.mlp"),
         }
 
 
 class Llama:
     """Embedding, layers, final norm and head; see :class:`penstock.executor.models.registry.Model`."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        """Parameters are left unset: :func:`penstock.executor.models.weights.load_weights` fills them."""
-        self.config, self.dtype = config, dtype
-        self.embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
-        self.rotary = RotaryEmbedding(config.head_dim, config.rope)
-        self.layers = [Layer(config, dtype) for _ in range(config.layers)]
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        """Parameters are left unset: :mod:`penstock.executor.models.weights` fills them."""
+        self.config = config
+        self.place = Placement(dtype, device)
+        self.rotary = RotaryEmbedding(config.head_dim, config.rope, config.max_positions, device)
+        self.embedding = self.place.empty(config.vocab_size, config.hidden_size)
+        self.layers = [Layer(self.build_attention(), config, self.place) for _ in range(config.layers)]
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, self.place)
         self.head = self.embedding if config.tied_head else torch.empty_like(self.embedding)
 
-    def forward(self, ids: Tensor, positions: Tensor, batch: AttentionBatch, caches: Sequence[LayerCache]) -> Tensor:
-        """Hidden states [rows, hidden], normalised, of ``ids`` int64 [rows] at ``positions`` int64 [rows]."""
-        rotation = self.rotary.at(positions, self.dtype)
-        x = embedding(ids, self.embedding)
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer(x, rotation, batch, cache)
-        return self.norm(x)
+    def build_attention(self) -> SelfAttention:
+        """The attention of one layer: what families that are shaped like Llama differ in."""
+        return SelfAttention(self.config, self.rotary, self.place)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """float32 [n, vocabulary] of hidden states [n, hidden]."""
-        return linear(hidden, self.head).float()
+    def forward(
+        self, ids: Tensor, step: AttentionStep, caches: Sequence[LayerCache], chosen: Tensor | None = None
+    ) -> Tensor:
+        """Normalised hidden states; see :class:`penstock.executor.models.registry.Model`."""
+        x, residual = embedding(ids, self.embedding), None
+        for layer, cache in zip(self.layers[:-1], caches[:-1], strict=True):
+            x, residual = layer(x, residual, step, cache)
+        x, residual = self.layers[-1](x, residual, step, caches[-1], chosen)
+        return self.norm(x, residual)[0]
+
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[n, vocabulary] of hidden states [n, hidden], in their dtype."""
+        return self.place.products(hidden, self.head, out=out)
+
+    def tune(self, rows: Sequence[int], limit_s: float) -> None:
+        """See :class:`penstock.executor.models.registry.Model`."""
+        weights = [linear.weight for layer in self.layers for linear in layer.linears()]
+        self.place.products.tune(rows, [*weights, self.head], limit_s=limit_s)
 
     def destinations(self) -> dict[str, Tensor]:
         """For each tensor of a checkpoint the (part of a) parameter that it fills."""

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
-from penstock.executor.layers.attention import AttentionBatch, LayerCache
-from penstock.executor.models.config import CONFIG_FILE, ModelConfig
-from penstock.executor.models.errors import CheckpointError
+from penstock.executor.layers.attention import AttentionStep, LayerCache
+from penstock.executor.models.config import ModelConfig
 from penstock.executor.models.llama import Llama
+from penstock.executor.models.qwen3 import Qwen3
 
 
 class Model(Protocol):
-    """What the model runner asks of a family."""
+    """What a worker asks of a family. Nothing here waits for the device; forward and logits can be captured."""
 
-    def forward(self, ids: Tensor, positions: Tensor, batch: AttentionBatch, caches: Sequence[LayerCache]) -> Tensor:
-        """Hidden states [rows, hidden] of ``ids`` int64 [rows] at ``positions`` int64 [rows].
+    def forward(
+        self, ids: Tensor, step: AttentionStep, caches: Sequence[LayerCache], chosen: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states, normalised, of ``ids`` int32 or int64 [rows].
 
-        Writes keys and values of these rows into ``caches``, one per layer.
+        Writes keys and values of these rows into ``caches``, one per layer. ``chosen`` int32 or int64 [n], the rows
+        whose next token is wanted: behind the last layer's attention only these go on, [n, hidden]; n may be 0. None:
+        all rows, [rows, hidden].
         """
         ...
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """float32 [n, vocabulary] of hidden states [n, hidden]."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[n, vocabulary] of hidden states [n, hidden], in the dtype of the model; written to ``out`` if given."""
+        ...
+
+    def tune(self, rows: Sequence[int], limit_s: float) -> None:
+        """Choose the fastest products for steps of these numbers of ``rows``; on a GPU only, before any capture.
+
+        See :meth:`penstock.executor.layers.matmul.Products.tune`.
+        """
         ...
 
     def destinations(self) -> dict[str, Tensor]:
@@ -38,13 +48,12 @@ class Model(Protocol):
         ...
 
 
-FAMILIES: dict[str, type[Llama]] = {"LlamaForCausalLM": Llama}
+FAMILIES: Final[dict[str, Callable[[ModelConfig, torch.dtype, torch.device], Model]]] = {
+    "LlamaForCausalLM": Llama,
+    "Qwen3ForCausalLM": Qwen3,
+}
 
 
-def build_model(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Model:
-    """The model of ``config``, its parameters unset. Raises CheckpointError for a family that is not here."""
-    family = FAMILIES.get(config.architecture)
-    if family is None:
-        fault = f"architecture {config.architecture!r} is not supported, only {', '.join(FAMILIES)}"
-        raise CheckpointError(folder / CONFIG_FILE, fault)
-    return family(config, dtype)
+def build_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Model:
+    """The model of ``config`` on ``device``, its parameters unset. Raises RuntimeError if memory is short."""
+    return FAMILIES[config.architecture](config, dtype, device)

@@ -1,22 +1,43 @@
-"""Weights: from the files of a checkpoint straight into the parameters of a model, one tensor at a time."""
+"""Weights: from the files of a checkpoint into the parameters of a model, piece by piece; or drawn at random."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import queue
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, Final
 
+import torch
 from torch import Tensor
 
-from penstock.executor.models.checkpoint import TensorEntry, list_tensors, stream_tensors, tensor_bytes
+from penstock.executor.models.checkpoint import (
+    Piece,
+    TensorEntry,
+    list_tensors,
+    open_files,
+    read_piece,
+    split_tensor,
+    tensor_bytes,
+)
 from penstock.executor.models.errors import CheckpointError
 from penstock.executor.models.registry import Model
 
 ByteProgress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all, after every tensor."""
+"""Called with bytes done and bytes in all, after every piece."""
 
-DIGEST_BYTES = 16
+DIGEST_BYTES: Final = 16
+PIECE_BYTES: Final = 16 * 2**20
+"""Part of what a digest is: pieces are hashed one by one."""
+HOST_READERS: Final = 1
+"""Threads that load onto a CPU: every thread that converts on the host would bring threads of torch's own with it."""
+GPU_READERS: Final = 8
+"""Threads that read, hash and copy to a GPU: one alone hashes about 1 GB/s."""
+DUMMY_STD: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,35 +45,90 @@ class LoadedWeights:
     """What a load amounts to."""
 
     digest: str
-    """BLAKE2b-128 of names, dtypes, shapes and bytes, as hex; however the weights are sharded."""
+    """BLAKE2b-128 of names, dtypes, shapes and bytes, as hex, however the weights are sharded; "dummy-…" if drawn."""
     parameters: int
     weight_bytes: int
     """In the dtype of the model."""
+
+    @classmethod
+    def of(cls, digest: str, destinations: dict[str, Tensor]) -> LoadedWeights:
+        """Add up the parameters."""
+        tensors = destinations.values()
+        return cls(digest, sum(tensor.numel() for tensor in tensors), sum(tensor.nbytes for tensor in tensors))
 
 
 def load_weights(model: Model, folder: Path, on_progress: ByteProgress) -> LoadedWeights:
     """Fill every parameter of ``model`` from the safetensors in ``folder``, converting to its dtype.
 
-    All headers are checked before a byte of weights is read. Host memory beside the parameters: one tensor.
-    Raises :class:`CheckpointError` naming file and tensor.
+    All headers are checked before a byte of weights is read. Host memory beside the parameters: a piece for each of
+    the threads that read, which are several for a GPU. Raises :class:`CheckpointError` naming file and tensor.
     """
     destinations = model.destinations()
     entries = _match(folder, list_tensors(folder), destinations, model.spare())
+    pieces = [piece for entry in entries for piece in split_tensor(entry, PIECE_BYTES)]
     total, done = sum(entry.size for entry in entries), 0
-    digests: dict[str, bytes] = {}
+    hashes: defaultdict[str, list[bytes]] = defaultdict(list)
     on_progress(done, total)
-    for entry, tensor in stream_tensors(entries):
-        digests[entry.name] = _digest(entry, tensor)
-        destinations[entry.name].copy_(tensor)
-        done += entry.size
-        del tensor
-        on_progress(done, total)
-    whole = hashlib.blake2b(b"".join(digests[name] for name in sorted(digests)), digest_size=DIGEST_BYTES)
-    return LoadedWeights(
-        whole.hexdigest(),
-        sum(tensor.numel() for tensor in destinations.values()),
-        sum(tensor.nbytes for tensor in destinations.values()),
-    )
+    with open_files(entries) as files, _loaded(pieces, files, destinations) as digests:
+        for piece, digest in zip(pieces, digests, strict=True):
+            hashes[piece.entry.name].append(digest)
+            done += piece.size
+            on_progress(done, total)
+    whole = b"".join(_digest(entry, hashes[entry.name]) for entry in sorted(entries, key=lambda entry: entry.name))
+    return LoadedWeights.of(hashlib.blake2b(whole, digest_size=DIGEST_BYTES).hexdigest(), destinations)
+
+
+def draw_weights(model: Model, seed: int = 0) -> LoadedWeights:
+    """Draw every matrix of ``model`` from N(0, 0.02); norms are ones, biases zeros. For measurements.
+
+    The same ``seed`` gives the same weights on the same kind of device.
+    """
+    destinations = model.destinations()
+    for number, (name, tensor) in enumerate(destinations.items()):
+        if tensor.dim() == 1:
+            tensor.fill_(0.0 if name.endswith(".bias") else 1.0)
+        else:
+            tensor.normal_(0, DUMMY_STD, generator=torch.Generator(tensor.device).manual_seed(seed + number))
+    return LoadedWeights.of(f"dummy-{seed}", destinations)
+
+
+@contextmanager
+def _loaded(
+    pieces: list[Piece], files: dict[Path, BinaryIO], destinations: dict[str, Tensor]
+) -> Iterator[Iterator[bytes]]:
+    """Load the pieces; their hashes, in order, each once the piece is where it belongs."""
+    on_gpu = any(tensor.is_cuda for tensor in destinations.values())
+    threads = max(1, min(GPU_READERS if on_gpu else HOST_READERS, len(pieces)))
+    size = max((piece.size for piece in pieces), default=0)
+    staging: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+    for _ in range(threads):
+        staging.put(torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu))
+
+    def load(piece: Piece) -> bytes:
+        memory = staging.get_nowait()  # there is one for each thread
+        try:
+            return _load(piece, files[piece.entry.path], memory[: piece.size], destinations[piece.entry.name])
+        finally:
+            staging.put(memory)
+
+    if threads == 1:
+        yield map(load, pieces)
+        return
+    with ThreadPoolExecutor(threads, "penstock-load") as pool:
+        try:
+            yield pool.map(load, pieces)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _load(piece: Piece, file: BinaryIO, memory: Tensor, destination: Tensor) -> bytes:
+    """Read a piece into ``memory``, copy it to its place; its hash."""
+    view = tensor_bytes(memory)
+    read_piece(file, piece, view)
+    # To the device first: a copy that converts as well would convert on the host, in one thread.
+    values = memory.view(piece.entry.dtype).to(destination.device)
+    destination.view(-1)[piece.start : piece.start + piece.count].copy_(values)
+    return hashlib.blake2b(view, digest_size=DIGEST_BYTES).digest()
 
 
 def _match(
@@ -73,7 +149,8 @@ def _match(
     return wanted
 
 
-def _digest(entry: TensorEntry, tensor: Tensor) -> bytes:
-    digest = hashlib.blake2b(f"{entry.name}\0{entry.dtype}\0{entry.shape}".encode(), digest_size=DIGEST_BYTES)
-    digest.update(tensor_bytes(tensor))
+def _digest(entry: TensorEntry, hashes: list[bytes]) -> bytes:
+    digest = hashlib.blake2b(f"{entry.name}\0{entry.dtype}\0{entry.shape}\0".encode(), digest_size=DIGEST_BYTES)
+    for piece in hashes:
+        digest.update(piece)
     return digest.digest()

@@ -1,0 +1,94 @@
+"""Layers by themselves: room for adapters, rotary tables, the choice of a product's library."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from penstock.executor.layers.linear import Linear
+from penstock.executor.layers.matmul import Products
+from penstock.executor.layers.norm import RMSNorm
+from penstock.executor.layers.placement import Placement
+from penstock.executor.layers.rotary import RotaryEmbedding
+from penstock.executor.models.config import RopeConfig
+
+HOST = Placement(torch.float32, torch.device("cpu"))
+
+
+def test_rows_of_adapters_stand_behind_those_of_the_parts() -> None:
+    plain = Linear(8, {"a": 3, "b": 5}, HOST, bias=True)
+    roomy = Linear(8, {"a": 3, "b": 5}, HOST, bias=True, adapter_rows=4)
+    for name, tensor in plain.destinations("map").items():
+        tensor.normal_()
+        roomy.destinations("map")[name].copy_(tensor)
+    assert roomy.weight.shape == (12, 8)
+    assert torch.equal(roomy.weight[:8], plain.weight)
+    assert not roomy.weight[8:].any()
+    roomy.weight[8:].fill_(7)
+    x = torch.randn(6, 8)
+    torch.testing.assert_close(roomy(x), plain(x), atol=1e-6, rtol=0)
+    assert roomy(x).shape == (6, 8)
+
+
+def test_a_norm_adds_to_the_stream_in_place() -> None:
+    norm = RMSNorm(16, 1e-6, HOST)
+    norm.weight.normal_()
+    first, second = torch.randn(3, 16), torch.randn(3, 16)
+    total = first + second
+    _, stream = norm(first, None)
+    assert stream is first
+    normalised, stream = norm(second, stream)
+    assert stream is first
+    assert torch.equal(stream, total)
+    expected = total / (total.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+    torch.testing.assert_close(normalised, expected)
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3"])
+def test_the_table_holds_the_rotation_of_every_position(kind: str) -> None:
+    rope = RopeConfig(500_000.0, kind, 4.0, 1.0, 4.0, 64)  # type: ignore[arg-type]
+    rotary = RotaryEmbedding(24, rope, 200, torch.device("cpu"))
+    positions = torch.tensor([0, 1, 63, 199])
+    rotation = rotary.at(positions, torch.float32)
+    assert rotary.table.shape == (200, 24)
+    torch.testing.assert_close(rotary.table[positions], torch.cat((rotation.cos, rotation.sin), dim=-1)[:, 0])
+    assert rotary.table is rotary.table
+
+
+def test_nothing_is_chosen_where_nothing_can_be_measured() -> None:
+    products = Products()
+    products.tune([1, 2], [torch.randn(4, 8)], limit_s=1)
+    assert not products.prefer_lt
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_agree_whatever_was_chosen(dtype: torch.dtype) -> None:
+    products = Products()
+    weights = [torch.randn(768, 512, device="cuda", dtype=dtype) / 20 for _ in range(4)]
+    rows = [1, 16, 48, 130]
+    products.tune(rows, weights, limit_s=30)
+    assert products.prefer_lt <= {(count, 768, 512) for count in rows}
+    before = torch.backends.cuda.preferred_blas_library()
+    products.prefer_lt |= {(16, 768, 512), (130, 768, 512)}
+    for count in rows:
+        x = torch.randn(count, 512, device="cuda", dtype=dtype)
+        expected = linear(x.double(), weights[0].double())
+        out = torch.empty(count, 768, device="cuda", dtype=dtype)
+        for result in (products(x, weights[0]), products(x, weights[0], out=out)):
+            assert result.is_contiguous()
+            error = (result.double() - expected).abs().max() / expected.abs().max()
+            assert error < (1e-2 if dtype == torch.bfloat16 else 1e-5)
+    assert torch.backends.cuda.preferred_blas_library() == before
+
+
+@pytest.mark.gpu
+def test_tuning_ends_in_time() -> None:
+    products = Products()
+    weights = [torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    started = time.monotonic()
+    products.tune(range(1, 100_000), weights, limit_s=1)
+    assert time.monotonic() - started < 10
