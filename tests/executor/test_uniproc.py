@@ -23,7 +23,7 @@ from penstock.executor.step import (
     pack_u32,
 )
 from penstock.executor.uniproc import UniprocExecutor
-from support.by_hand import GREEDY, ByHand, admission, no_progress, replace_spec, spec, started, wait
+from support.by_hand import GREEDY, ByHand, Kind, admission, no_progress, replace_spec, spec, started, wait
 from support.hand_scheduler import HandScheduler, Request
 from support.reference import greedy_tokens
 from support.tiny_llama import TinyLlama, build_tiny_llama, save_weights
@@ -58,9 +58,9 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_plans_of_every_kind_equal_transformers(folder: Path, depth: int) -> None:
+def test_plans_of_every_kind_equal_transformers(folder: Path, depth: int, kind: Kind) -> None:
     requests = [Request(prompt, 5 + 3 * number) for number, prompt in enumerate(prompts(14))]
-    with started(spec(folder, depth)) as (executor, info):
+    with started(spec(folder, depth, **kind)) as (executor, info):
         assert (info.plans_in_flight, info.tokens_ahead) == (depth, depth - 1)
         hands = HandScheduler(executor, info, seed=depth, preempt=0.03, hold=0.1)
         hands.run(requests)
@@ -71,12 +71,12 @@ def test_plans_of_every_kind_equal_transformers(folder: Path, depth: int) -> Non
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_stop_ids_end_a_sequence_with_themselves(folder: Path, depth: int) -> None:
+def test_stop_ids_end_a_sequence_with_themselves(folder: Path, depth: int, kind: Kind) -> None:
     requests = [Request(prompt, 24) for prompt in prompts(8, seed=1)]
     expected = [greedy(folder, request) for request in requests]
     for number, (request, tokens) in enumerate(zip(requests, expected, strict=True)):
         request.stop_ids = (1, tokens[3 + 2 * number], 2)
-    with started(spec(folder, depth)) as (executor, info):
+    with started(spec(folder, depth, **kind)) as (executor, info):
         hands = HandScheduler(executor, info, seed=depth, preempt=0.02)
         hands.run(requests)
     for request, tokens in zip(requests, expected, strict=True):
@@ -86,13 +86,13 @@ def test_stop_ids_end_a_sequence_with_themselves(folder: Path, depth: int) -> No
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_min_tokens_forbid_stopping_until_they_are_made(folder: Path, depth: int) -> None:
+def test_min_tokens_forbid_stopping_until_they_are_made(folder: Path, depth: int, kind: Kind) -> None:
     """Also across a preemption: output made before it counts."""
     prompt = prompts(1, seed=2)[0]
     free = greedy(folder, Request(prompt, 12))
     stop = free[2]
     requests = [Request(prompt, 40, stop_ids=(stop,), min_tokens=least) for least in (0, 3, 6, 20)]
-    with started(spec(folder, depth)) as (executor, info):
+    with started(spec(folder, depth, **kind)) as (executor, info):
         HandScheduler(executor, info, seed=4, preempt=0.05).run(requests)
     assert requests[0].output == free[:3]
     for request in requests[1:]:
@@ -102,7 +102,7 @@ def test_min_tokens_forbid_stopping_until_they_are_made(folder: Path, depth: int
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_sampled_tokens_are_the_same_alone_and_in_a_crowd(folder: Path, depth: int) -> None:
+def test_sampled_tokens_are_the_same_alone_and_in_a_crowd(folder: Path, depth: int, kind: Kind) -> None:
     sampling = [Sampling(temperature=0.8), Sampling(temperature=1.2, top_k=20), Sampling(top_p=0.8), GREEDY]
 
     def make() -> list[Request]:
@@ -112,33 +112,33 @@ def test_sampled_tokens_are_the_same_alone_and_in_a_crowd(folder: Path, depth: i
         ]
 
     crowd, alone = make(), make()
-    with started(spec(folder, depth)) as (executor, info):
+    with started(spec(folder, depth, **kind)) as (executor, info):
         HandScheduler(executor, info, seed=5, preempt=0.04, hold=0.05).run(crowd)
-    with started(spec(folder, 1)) as (executor, info):
+    with started(spec(folder, 1, **kind)) as (executor, info):
         hands = HandScheduler(executor, info, longest_chunk=1000)
         for request in alone:
             hands.run([request])
     assert [request.output for request in crowd] == [request.output for request in alone]
     assert sum(request.preempted for request in crowd) > 5
     other = Request(alone[0].prompt, 20, sampling[0], seed=5)
-    with started(spec(folder, 1)) as (executor, info):
+    with started(spec(folder, 1, **kind)) as (executor, info):
         HandScheduler(executor, info).run([other])
     assert other.output != alone[0].output
 
 
-def test_bfloat16_runs(folder: Path) -> None:
+def test_bfloat16_runs(folder: Path, kind: Kind) -> None:
     request = Request(prompts(1)[0], 8)
-    with started(spec(folder, dtype="bfloat16")) as (executor, info):
+    with started(spec(folder, dtype="bfloat16", **kind)) as (executor, info):
         assert info.dtype == "bfloat16"
         HandScheduler(executor, info).run([request])
     assert len(request.output) == 8
 
 
-def test_logits_that_are_not_finite_fail_their_sequence_alone(poisoned: Path) -> None:
+def test_logits_that_are_not_finite_fail_their_sequence_alone(poisoned: Path, kind: Kind) -> None:
     """Its blocks are used by others afterwards, and do them no harm."""
     healthy = [Request(prompt, 30) for prompt in prompts(10, seed=6)]
     sick = [Request([5, 6, POISON, 7, 8, 9, 10, 11, 12], 30), Request([POISON], 30)]
-    with started(spec(poisoned, 2, num_blocks=64)) as (executor, info):
+    with started(spec(poisoned, 2, num_blocks=64, **kind)) as (executor, info):
         hands = HandScheduler(executor, info, seed=6)
         hands.run([*healthy[:3], *sick, *healthy[3:]])
         executor.check_health()
@@ -149,7 +149,7 @@ def test_logits_that_are_not_finite_fail_their_sequence_alone(poisoned: Path) ->
         assert request.output == greedy(poisoned, request)
 
 
-def test_a_new_epoch_starts_with_empty_slots(folder: Path) -> None:
+def test_a_new_epoch_starts_with_empty_slots(folder: Path, kind: Kind) -> None:
     start: dict[str, object] = {
         "admissions": (admission(0, [5, 6]),),
         "block_slots": pack_u32([0]),
@@ -158,7 +158,7 @@ def test_a_new_epoch_starts_with_empty_slots(folder: Path) -> None:
         "schedule_rows": pack_u32([2]),
         "rows": pack_u32([0]),
     }
-    with started(spec(folder)) as (executor, _):
+    with started(spec(folder, **kind)) as (executor, _):
         results: list[StepResult] = []
         for epoch in (3, 4):
             executor.submit(StepPlan(epoch, 1, **start))  # type: ignore[arg-type]
@@ -168,8 +168,8 @@ def test_a_new_epoch_starts_with_empty_slots(folder: Path) -> None:
     assert not results[1].failed
 
 
-def test_a_plan_out_of_order_is_a_health_failure_with_one_line(folder: Path) -> None:
-    with started(spec(folder, 2)) as (executor, _):
+def test_a_plan_out_of_order_is_a_health_failure_with_one_line(folder: Path, kind: Kind) -> None:
+    with started(spec(folder, 2, **kind)) as (executor, _):
         executor.submit(StepPlan(1, 1))
         executor.submit(StepPlan(1, 3))
         deadline = time.monotonic() + 30
@@ -207,8 +207,8 @@ def test_a_torch_error_is_a_health_failure(folder: Path, monkeypatch: pytest.Mon
         assert str(caught.value) == "plan 1 failed: RuntimeError: [enforce fail] not enough memory"
 
 
-def test_more_plans_than_allowed_are_refused(folder: Path) -> None:
-    with started(spec(folder, 2)) as (executor, _):
+def test_more_plans_than_allowed_are_refused(folder: Path, kind: Kind) -> None:
+    with started(spec(folder, 2, **kind)) as (executor, _):
         executor.submit(StepPlan(1, 1))
         executor.submit(StepPlan(1, 2))
         with pytest.raises(ExecutorError, match="plan 3: 2 plans are in flight"):

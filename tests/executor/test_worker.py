@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from penstock.executor.step import Fragment, Sampling, StepResult, Stopping, pack_u32
-from support.by_hand import ByHand, admission, spec, start_of, started
+from support.by_hand import ByHand, Kind, admission, spec, start_of, started
 from support.hand_scheduler import Request
 from support.reference import greedy_tokens
 from support.tiny_llama import TinyLlama, build_tiny_llama
@@ -27,7 +27,7 @@ def greedy(folder: Path, request: Request) -> list[int]:
 NEIGHBOUR = Request([9, 8, 7, 6], 6)
 FAULTS: dict[str, tuple[dict[str, object], str]] = {
     "an id beyond the vocabulary": ({"admissions": (admission(1, [3, 320]),)}, "id 320 is outside"),
-    "ids of odd length": ({"admissions": (admission(1, [3], packed=b"abc"),)}, "buffer size"),
+    "ids of odd length": ({"admissions": (admission(1, [3], packed=b"abc"),)}, "multiple of"),
     "no ids": ({"admissions": (admission(1, []),)}, "0 known ids"),
     "more ids than fit": ({"admissions": (admission(1, [3] * 513),)}, "do not fit 512 tokens"),
     "more ids than announced": ({"admissions": (admission(1, [3, 4], total_ids=1, prompt_ids=1),)}, "announced"),
@@ -99,9 +99,9 @@ FAULTS: dict[str, tuple[dict[str, object], str]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_bad_plan_for_one_slot_fails_that_slot_alone(name: str, folder: Path) -> None:
+def test_a_bad_plan_for_one_slot_fails_that_slot_alone(name: str, folder: Path, kind: Kind) -> None:
     changes, reason = FAULTS[name]
-    with started(spec(folder)) as (executor, _):
+    with started(spec(folder, **kind)) as (executor, _):
         plan = ByHand(executor)
         first = plan(
             admissions=(admission(0, NEIGHBOUR.prompt),),
@@ -120,8 +120,8 @@ def test_a_bad_plan_for_one_slot_fails_that_slot_alone(name: str, folder: Path) 
     assert tokens == pack_u32(greedy(folder, NEIGHBOUR))
 
 
-def test_a_failed_slot_is_inert_until_released(folder: Path) -> None:
-    with started(spec(folder)) as (executor, _):
+def test_a_failed_slot_is_inert_until_released(folder: Path, kind: Kind) -> None:
+    with started(spec(folder, **kind)) as (executor, _):
         plan = ByHand(executor)
         start: dict[str, object] = {
             "block_slots": pack_u32([2]),
@@ -138,10 +138,10 @@ def test_a_failed_slot_is_inert_until_released(folder: Path) -> None:
         assert (good.counts, good.failed) == (b"\1", ())
 
 
-def test_the_device_counts_the_output_made_before_an_admission(folder: Path) -> None:
+def test_the_device_counts_the_output_made_before_an_admission(folder: Path, kind: Kind) -> None:
     """A sequence of 4 prompt ids and 2 output ids that may have 4: two more, then nothing."""
     ids = NEIGHBOUR.prompt + greedy(folder, NEIGHBOUR)[:2]
-    with started(spec(folder)) as (executor, _):
+    with started(spec(folder, **kind)) as (executor, _):
         plan = ByHand(executor)
         known = admission(3, ids, prompt_ids=4, stopping=Stopping(4))
         results = [plan(admissions=(known,), **start_of(3, 6, [8, 9])), *(plan() for _ in range(3))]
@@ -149,10 +149,10 @@ def test_the_device_counts_the_output_made_before_an_admission(folder: Path) -> 
     assert b"".join(result.ids for result in results) == pack_u32(greedy(folder, NEIGHBOUR)[2:4])
 
 
-def test_a_slot_forgets_the_stop_ids_of_its_last_sequence(folder: Path) -> None:
+def test_a_slot_forgets_the_stop_ids_of_its_last_sequence(folder: Path, kind: Kind) -> None:
     expected = greedy(folder, NEIGHBOUR)
     stopping = Stopping(100, 0, pack_u32([1, expected[0], 2]))
-    with started(spec(folder)) as (executor, _):
+    with started(spec(folder, **kind)) as (executor, _):
         plan = ByHand(executor)
         first = plan(admissions=(admission(0, NEIGHBOUR.prompt, stopping=stopping),), **start_of(0, 4, [5]))
         assert (first.ids, plan().counts) == (pack_u32(expected[:1]), b"\0")
@@ -161,9 +161,9 @@ def test_a_slot_forgets_the_stop_ids_of_its_last_sequence(folder: Path) -> None:
     assert b"".join(result.ids for result in results) == pack_u32(expected[:3])
 
 
-def test_the_rows_of_a_plan_decide_who_takes_part(folder: Path) -> None:
+def test_the_rows_of_a_plan_decide_who_takes_part(folder: Path, kind: Kind) -> None:
     expected = greedy(folder, NEIGHBOUR)
-    with started(spec(folder)) as (executor, _):
+    with started(spec(folder, **kind)) as (executor, _):
         plan = ByHand(executor)
         plan(admissions=(admission(0, NEIGHBOUR.prompt),), **start_of(0, 4, [5, 6]))
         plan(admissions=(admission(1, NEIGHBOUR.prompt),), **start_of(1, 4, [7, 8], rows=pack_u32([1, 0])))
@@ -173,11 +173,11 @@ def test_the_rows_of_a_plan_decide_who_takes_part(folder: Path) -> None:
     assert both.ids == pack_u32([expected[3], expected[1]])
 
 
-def test_long_prompts_come_in_fragments(folder: Path) -> None:
+def test_long_prompts_come_in_fragments(folder: Path, kind: Kind) -> None:
     request = Request(list(range(3, 60)), 4)
     ids, size = request.prompt, len(request.prompt)
     blocks = pack_u32(list(range(20)))
-    with started(spec(folder)) as (executor, _):
+    with started(spec(folder, **kind)) as (executor, _):
         plan = ByHand(executor)
 
         def compute(count: int, **changes: object) -> StepResult:

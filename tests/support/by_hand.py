@@ -6,6 +6,7 @@ import select
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from penstock.executor.executor import Executor
 from penstock.executor.step import Admission, ModelInfo, ModelSpec, Sampling, StepPlan, StepResult, Stopping, pack_u32
@@ -13,20 +14,24 @@ from penstock.executor.uniproc import UniprocExecutor
 
 GREEDY = Sampling(temperature=0.0)
 
+Kind = dict[str, Any]
+"""Settings of a ModelSpec that say where the batch lives."""
+
 
 def no_progress(stage: str, done: int, total: int) -> None:
     """Progress is not looked at here."""
 
 
-def spec(folder: Path, depth: int = 1, **changes: int | str) -> ModelSpec:
-    settings = {
+def spec(folder: Path, /, depth: int = 1, **changes: Any) -> ModelSpec:
+    settings: dict[str, Any] = {
         "max_sequences": 6,
         "block_tokens": 8,
         "num_blocks": 90,
         "plans_in_flight": depth,
         "threads": 1,
+        "device": "cpu",
     }
-    return ModelSpec(path=str(folder), **(settings | changes))  # type: ignore[arg-type]
+    return ModelSpec(path=str(folder), **(settings | changes))
 
 
 def replace_spec(model: ModelSpec, **changes: object) -> ModelSpec:

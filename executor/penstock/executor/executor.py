@@ -6,11 +6,18 @@ from typing import Protocol
 from penstock.executor.step import ModelInfo, ModelSpec, StepPlan, StepResult
 
 Progress = Callable[[str, int, int], None]
-"""Called with a stage's name, what is done and what there is to do, in bytes; from any thread."""
+"""Called with a stage's name, what is done and what there is to do; from any thread."""
 
 
 class ExecutorError(Exception):
     """The executor cannot go on. The message is one line for the operator, naming what is wrong (file and tensor)."""
+
+
+class WorkerLost(ExecutorError):
+    """A worker has ended, hangs or has failed, and with it all that was on its device: the epoch is over.
+
+    :meth:`Executor.restart` begins anew.
+    """
 
 
 class Executor(Protocol):
@@ -18,6 +25,10 @@ class Executor(Protocol):
 
     def start(self, spec: ModelSpec, progress: Progress) -> ModelInfo:
         """Load the model. Raises ExecutorError with one line if it cannot be loaded."""
+        ...
+
+    def restart(self, progress: Progress) -> ModelInfo:
+        """After WorkerLost: load the model again, with empty slots. Blocks. Raises ExecutorError."""
         ...
 
     def submit(self, plan: StepPlan) -> None:

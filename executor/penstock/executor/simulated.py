@@ -37,6 +37,9 @@ _MASK: Final = 0xFFFFFFFF
 _DEFAULT_MODEL_TOKENS: Final = 4096
 _NO_ID: Final = -1
 
+MAX_REPEAT: Final = 8
+"""Most steps of a burst."""
+
 Ints = npt.NDArray[np.int64]
 
 
@@ -94,7 +97,20 @@ class SimulatedDevice:
         scheduled = dict(zip(_ints(plan.schedule_slots).tolist(), _ints(plan.schedule_rows).tolist(), strict=True))
         if plan.rows is not None:
             self._rows = _ints(plan.rows)
+        if plan.repeat > 1:
+            return self._burst(plan)
         return self._compute(plan, scheduled)
+
+    def _burst(self, plan: StepPlan) -> StepResult:
+        """The step again and again, each row by its own tokens."""
+        steps = [self._compute(plan, {}) for _ in range(plan.repeat)]
+        made: list[list[int]] = [[] for _ in self._rows]
+        for step in steps:
+            tokens = iter(np.frombuffer(step.ids, np.uint32).tolist())
+            for row, count in enumerate(step.counts):
+                made[row] += [next(tokens) for _ in range(count)]
+        ids = np.array([token for row in made for token in row], np.uint32)
+        return StepResult(plan.epoch, plan.number, bytes(len(row) for row in made), ids.tobytes())
 
     def _admit(self, admission: Admission) -> None:
         slot = admission.slot
@@ -196,6 +212,10 @@ class SimulatedExecutor:
         self._step_ns = spec.step_us * 1000
         return info
 
+    def restart(self, progress: Progress) -> ModelInfo:
+        """See Executor: it is never lost."""
+        raise ExecutorError("the simulated executor is never lost")
+
     def submit(self, plan: StepPlan) -> None:
         """See Executor."""
         assert self._device is not None
@@ -262,6 +282,7 @@ def describe(spec: ModelSpec) -> ModelInfo:
         plans_in_flight=spec.plans_in_flight,
         tokens_ahead=1 if spec.plans_in_flight == 2 else 0,
         device="simulated",
+        max_repeat=MAX_REPEAT,
     )
 
 

@@ -195,6 +195,8 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: tuple[PromptLogProbs, ...] = ()
     device_ns: int = 0
     """How long the device computed."""
+    host_ns: int = 0
+    """How long the worker took to apply the plan and to launch its step."""
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -202,6 +204,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     path: str
     """A local folder: config.json and safetensors."""
+    load_format: str = "safetensors"
+    """"safetensors", or "dummy": weights drawn from N(0, 0.02), for measurements; config.json will do."""
+    device: str = "auto"
+    """"auto" (a GPU if there is one), "cuda", "cuda:N" or "cpu"."""
     dtype: str = "auto"
     """"auto" (the checkpoint's), "float32" or "bfloat16"."""
     max_sequences: int = 64
@@ -212,7 +218,15 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     block_tokens: int = 64
     num_blocks: int | None = None
     """None: as many as kv_cache_bytes hold, at most what max_sequences whole contexts need."""
-    kv_cache_bytes: int = 1 << 30
+    kv_cache_bytes: int | None = None
+    """None: 1 GiB on a CPU; on a GPU what gpu_memory_utilization leaves once the model, a step and the graphs have
+    theirs."""
+    gpu_memory_utilization: float = 0.9
+    """Share of the GPU's memory that this worker may take, in (0, 1]."""
+    resident: bool | None = None
+    """Whether the batch lives on the device, which steps are then launched ahead of; None: on a GPU."""
+    cuda_graphs: bool = True
+    """Decode steps are replayed from CUDA graphs; off: every step is launched kernel by kernel."""
     plans_in_flight: int = 1
     threads: int | None = None
     """CPU threads of one step."""
@@ -244,6 +258,12 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = ""
     parameters: int = 0
     weight_bytes: int = 0
+    max_repeat: int = 1
+    """Most steps of one burst (StepPlan.repeat)."""
+    startup_ms: dict[str, int] = {}
+    """How long each stage of the start took."""
+    memory_bytes: dict[str, int] = {}
+    """What took the device's memory: weights, step, graphs, state, pages."""
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -1,4 +1,4 @@
-"""The executor whose worker is a thread of this process: for CPU, offline batches and tests.
+"""The executor whose worker is two threads of this process: for CPU, offline batches and tests.
 
 Plans wait in a bounded queue and run strictly in order. With ``plans_in_flight`` 2 the next plan is there when one
 ends, so that the device never waits for the planner. torch is loaded by :meth:`UniprocExecutor.start`, not by
@@ -10,16 +10,16 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from penstock.executor.executor import ExecutorError, Progress
-from penstock.executor.models.errors import one_line
 from penstock.executor.step import ModelInfo, ModelSpec, StepPlan, StepResult
 
 if TYPE_CHECKING:
-    from penstock.executor.worker.model_runner import ModelRunner
+    from penstock.executor.worker.runner import Runner
 
 SHUTDOWN_SECONDS = 10.0
 
@@ -35,19 +35,32 @@ class UniprocExecutor:
         self._plans_in_flight = 0
         self._unanswered = 0
         self._failure: str | None = None
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
+        self.runner: Runner | None = None
+        """What the threads drive, once started: for measurements."""
 
     def start(self, spec: ModelSpec, progress: Progress) -> ModelInfo:
         """Load the model and start the thread."""
+        from penstock.executor.worker.pipeline import Pipeline
         from penstock.executor.worker.worker import Worker
 
-        if self._thread is not None:
+        if self.runner is not None:
             raise ExecutorError("the executor has been started before")
         worker = Worker.start(spec, progress)
+        self.runner = worker.runner
         self._plans_in_flight = worker.info.plans_in_flight
-        self._thread = threading.Thread(target=self._work, args=(worker.runner,), name="worker", daemon=True)
-        self._thread.start()
+        pipeline = Pipeline(worker.runner, self._plans.get, self._give, self._fail)
+        self._threads = [
+            threading.Thread(target=pipeline.launch_all, name="launch", daemon=True),
+            threading.Thread(target=pipeline.collect_all, name="collect", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
         return worker.info
+
+    def restart(self, progress: Progress) -> ModelInfo:
+        """Its worker is not lost without this process."""
+        raise ExecutorError("a worker inside this process cannot be started again")
 
     def submit(self, plan: StepPlan) -> None:
         """Queue a plan."""
@@ -83,34 +96,31 @@ class UniprocExecutor:
     def check_health(self) -> None:
         """The thread runs and has not failed."""
         self._raise_failure()
-        if self._thread is None or not self._thread.is_alive():
-            raise ExecutorError("the worker thread does not run")
+        if not self._threads or not all(thread.is_alive() for thread in self._threads):
+            raise ExecutorError("the worker's threads do not run")
 
     def shutdown(self) -> None:
-        """Let the step that runs end, and end the thread. Raises ExecutorError if it does not end in time."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
+        """Let the step that runs end, and end the threads. Raises ExecutorError if they do not end in time."""
+        threads, self._threads = self._threads, []
+        if threads:
             self._drop_plans()
             self._plans.put(None)
-            thread.join(SHUTDOWN_SECONDS)
+        deadline = time.monotonic() + SHUTDOWN_SECONDS
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
-                raise ExecutorError(f"the worker thread did not end within {SHUTDOWN_SECONDS:.0f} s")
+                raise ExecutorError(f"the worker's threads did not end within {SHUTDOWN_SECONDS:.0f} s")
         if self._ready >= 0:
             ready, self._ready = self._ready, -1
             os.close(ready)
 
-    def _work(self, runner: ModelRunner) -> None:
-        """The thread: plan after plan, until there is None or one cannot be computed."""
-        runner.take_thread()
-        while (plan := self._plans.get()) is not None:
-            try:
-                result = runner.execute_model(plan)
-            except Exception as error:  # noqa: BLE001  the thread ends here: whatever it was must be reported
-                self._failure = f"plan {plan.number} failed: {one_line(error)}"
-                os.eventfd_write(self._ready, 1)
-                return
-            self._results.append(result)
-            os.eventfd_write(self._ready, 1)
+    def _give(self, result: StepResult) -> None:
+        self._results.append(result)
+        os.eventfd_write(self._ready, 1)
+
+    def _fail(self, failure: str) -> None:
+        self._failure = failure
+        os.eventfd_write(self._ready, 1)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

@@ -10,6 +10,8 @@ from penstock.executor.layers.attention import LayerCache
 from penstock.executor.models.config import ModelConfig
 from penstock.executor.step import ModelSpec
 
+CPU_CACHE_BYTES = 1 << 30
+
 
 @dataclass(frozen=True, slots=True)
 class PageShape:
@@ -32,6 +34,15 @@ class PageShape:
         return cls(config.layers, block_tokens, config.kv_heads, config.head_dim, dtype)
 
 
+def longest_sequence(spec: ModelSpec, positions: int) -> int:
+    """Most tokens of a sequence. Raises ValueError if more are asked for than the model's ``positions``."""
+    if spec.max_model_tokens is None:
+        return positions
+    if not 1 <= spec.max_model_tokens <= positions:
+        raise ValueError(f"max_model_tokens {spec.max_model_tokens} is not within the model's {positions}")
+    return spec.max_model_tokens
+
+
 def count_blocks(spec: ModelSpec, shape: PageShape, max_model_tokens: int) -> int:
     """Blocks of the pool: as many as asked for, else what the bytes hold, at most what all slots can use.
 
@@ -41,16 +52,17 @@ def count_blocks(spec: ModelSpec, shape: PageShape, max_model_tokens: int) -> in
         blocks = spec.num_blocks
     else:
         useful = spec.max_sequences * -(-max_model_tokens // spec.block_tokens)
-        blocks = min(spec.kv_cache_bytes // shape.block_bytes, useful)
+        blocks = min((spec.kv_cache_bytes or CPU_CACHE_BYTES) // shape.block_bytes, useful)
     if blocks < 1:
         raise ValueError(f"the key/value cache has no room for one block of {shape.block_bytes} bytes")
     return blocks
 
 
-def allocate_pages(shape: PageShape, blocks: int) -> tuple[LayerCache, ...]:
+def allocate_pages(shape: PageShape, blocks: int, device: torch.device) -> tuple[LayerCache, ...]:
     """The pages of every layer, zeroed; on CPU the memory is taken when it is first written."""
     size = (blocks, shape.block_tokens, shape.kv_heads, shape.head_dim)
-    return tuple(
-        LayerCache(torch.zeros(size, dtype=shape.dtype), torch.zeros(size, dtype=shape.dtype))
-        for _ in range(shape.layers)
-    )
+
+    def zeros() -> torch.Tensor:
+        return torch.zeros(size, dtype=shape.dtype, device=device)
+
+    return tuple(LayerCache(zeros(), zeros()) for _ in range(shape.layers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import queue
 import time
 from array import array
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from penstock.executor.executor import ExecutorError
 from penstock.executor.layers.attention import AttentionBatch, LayerCache
 from penstock.executor.models.config import ModelConfig, read_config
 from penstock.executor.models.registry import Model, build_model
-from penstock.executor.models.weights import ByteProgress, LoadedWeights, load_weights
+from penstock.executor.models.weights import ByteProgress, LoadedWeights, draw_weights, load_weights
 from penstock.executor.step import StepPlan, StepResult, pack_u32
 from penstock.executor.worker.batch_state import BatchState
 from penstock.executor.worker.sampler import choose_tokens
@@ -24,6 +25,7 @@ from penstock.executor.worker.slots import Capacity
 from penstock.executor.worker.step_input import StepInput
 from penstock.kernels.attention.reference import Scratch
 
+LOAD_FORMATS: Final = ("safetensors", "dummy")
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -42,17 +44,22 @@ class LoadedModel:
         return hashlib.blake2b(f"{self.config} {self.weights.digest}".encode(), digest_size=16).hexdigest()
 
 
-def load_model(folder: Path, dtype: str, on_progress: ByteProgress) -> LoadedModel:
-    """Read a local checkpoint; ``dtype`` "auto" is its own.
+def load_model(
+    folder: Path, dtype: str, on_progress: ByteProgress, *, device: torch.device, load_format: str = "safetensors"
+) -> LoadedModel:
+    """Read a local checkpoint onto ``device``; ``dtype`` "auto" is its own.
 
-    Raises CheckpointError, and ExecutorError for a dtype that is not offered.
+    Raises CheckpointError, and ExecutorError for a dtype or a load format that is not offered.
     """
     config = read_config(folder)
     name = config.dtype if dtype == "auto" else dtype
     if name not in DTYPES:
         raise ExecutorError(f"dtype {name!r} is not supported, only 'auto', {', '.join(map(repr, DTYPES))}")
-    model = build_model(folder, config, DTYPES[name])
-    return LoadedModel(model, config, load_weights(model, folder, on_progress), DTYPES[name])
+    if load_format not in LOAD_FORMATS:
+        raise ExecutorError(f"load_format {load_format!r} is not supported, only {', '.join(map(repr, LOAD_FORMATS))}")
+    model = build_model(config, DTYPES[name], device)
+    weights = draw_weights(model) if load_format == "dummy" else load_weights(model, folder, on_progress)
+    return LoadedModel(model, config, weights, DTYPES[name])
 
 
 class ModelRunner:
@@ -66,10 +73,18 @@ class ModelRunner:
         self._batch = BatchState(capacity)
         self._epoch = 0
         self._number = 0
+        self._computed: queue.SimpleQueue[StepResult] = queue.SimpleQueue()
 
-    @staticmethod
-    def take_thread() -> None:
-        """Called once by the thread that will execute: OpenMP counts its helpers for each thread that asks.
+    def launch(self, plan: StepPlan) -> None:
+        """Compute the plan: on a CPU there is nobody else who could."""
+        self._computed.put(self.execute_model(plan))
+
+    def collect(self) -> StepResult:
+        """The oldest result."""
+        return self._computed.get()
+
+    def take_thread(self) -> None:
+        """Called once by each thread: OpenMP counts its helpers for each thread that asks.
 
         torch brings the number that another thread has set over to this one when it is asked for it here, and else
         only after the first products have run with one helper a processor.
@@ -113,7 +128,7 @@ class ModelRunner:
         hidden, choosing = self._forward(step), step.choosing
         if not choosing.slots.numel():
             return self._batch.absorb(step, choosing.slots, choosing.slots.bool())
-        logits = self._model.logits(hidden[step.last_rows])
+        logits = self._model.logits(hidden).float()
         outputs = self._batch.tensors.outputs[choosing.slots]
         positions = step.positions[step.last_rows] + 1
         tokens, sound = choose_tokens(logits, choosing, outputs, positions)
@@ -128,4 +143,5 @@ class ModelRunner:
             block_tokens=self._capacity.block_tokens,
             scratch=self._scratch,
         )
-        return self._model.forward(step.ids, step.positions, batch, self._pages)
+        chosen = None if step.last_rows.numel() == step.ids.numel() else step.last_rows
+        return self._model.forward(step.ids, batch, self._pages, chosen)

@@ -7,13 +7,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 
 from penstock.executor.executor import ExecutorError, Progress
 from penstock.executor.models.errors import CheckpointError, one_line
 from penstock.executor.step import ModelInfo, ModelSpec
-from penstock.executor.worker.kv_cache import PageShape, allocate_pages, count_blocks
+from penstock.executor.worker.kv_cache import PageShape, allocate_pages, count_blocks, longest_sequence
 from penstock.executor.worker.model_runner import LoadedModel, ModelRunner, load_model
+from penstock.executor.worker.runner import Runner
 from penstock.executor.worker.slots import Capacity
 
 IN_FLIGHT = (1, 2)
@@ -25,34 +27,68 @@ class Worker:
     """Ready to run plans."""
 
     info: ModelInfo
-    runner: ModelRunner
+    runner: Runner
 
     @classmethod
     def start(cls, spec: ModelSpec, progress: Progress) -> Worker:
         """Load the model and give it room. Raises ExecutorError with one line."""
         try:
-            return cls._start(spec, progress)
+            _check(spec)
+            device = choose_device(spec.device)
+            torch.set_num_threads(_threads(spec))
+            resident = device.type == "cuda" if spec.resident is None else spec.resident
+            return cls._resident(spec, device, progress) if resident else cls._on_host(spec, device, progress)
         except CheckpointError as error:
             raise ExecutorError(str(error)) from error
+        except ValueError as error:
+            raise ExecutorError(f"{spec.path}: {error}") from error
         except RuntimeError as error:  # what torch raises when memory is short
             raise ExecutorError(f"{spec.path}: cannot be loaded: {one_line(error)}") from error
 
     @classmethod
-    def _start(cls, spec: ModelSpec, progress: Progress) -> Worker:
-        _check(spec)
-        torch.set_num_threads(_threads(spec))
-        loaded = load_model(Path(spec.path), spec.dtype, functools.partial(progress, "weights"))
+    def _on_host(cls, spec: ModelSpec, device: torch.device, progress: Progress) -> Worker:
+        if device.type != "cpu":
+            raise ExecutorError(f"{device}: the batch can live on the host for a CPU only")
+        on_bytes = functools.partial(progress, "weights")
+        loaded = load_model(Path(spec.path), spec.dtype, on_bytes, device=device, load_format=spec.load_format)
         shape = PageShape.of(loaded.config, spec.block_tokens, loaded.dtype)
-        try:
-            longest = _max_model_tokens(spec, loaded.config.max_positions)
-            blocks = count_blocks(spec, shape, longest)
-        except ValueError as error:
-            raise ExecutorError(f"{spec.path}: {error}") from error
+        longest = longest_sequence(spec, loaded.config.max_positions)
+        blocks = count_blocks(spec, shape, longest)
         # A sequence longer than the pool could never end.
         longest = min(longest, blocks * spec.block_tokens)
         capacity = Capacity(spec.max_sequences, longest, spec.block_tokens, blocks, loaded.config.vocab_size)
-        runner = ModelRunner(loaded, allocate_pages(shape, blocks), capacity)
-        return cls(_describe(spec, loaded, capacity), runner)
+        pages = allocate_pages(shape, blocks, device)
+        return cls(_describe(spec, loaded, capacity), ModelRunner(loaded, pages, capacity))
+
+    @classmethod
+    def _resident(cls, spec: ModelSpec, device: torch.device, progress: Progress) -> Worker:
+        from penstock.executor.worker.device.runner import MAX_REPEAT
+        from penstock.executor.worker.device.start import start_on_device
+
+        started = start_on_device(spec, device, progress)
+        info = msgspec.structs.replace(
+            _describe(spec, started.loaded, started.capacity),
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            max_repeat=MAX_REPEAT,
+            startup_ms=started.report.milliseconds,
+            memory_bytes=started.report.bytes,
+        )
+        return cls(info, started.runner)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto": a GPU if there is one. Raises ExecutorError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ExecutorError(f'device {name!r} is not known: "auto", "cpu", "cuda" or "cuda:N"') from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda" or not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        raise ExecutorError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices were found")
+    return torch.device("cuda", device.index or 0)
 
 
 def _check(spec: ModelSpec) -> None:
@@ -67,14 +103,6 @@ def _check(spec: ModelSpec) -> None:
 def _threads(spec: ModelSpec) -> int:
     """Half of the processors unless told: threads that wait for a processor spin, and other roles need some too."""
     return spec.threads or max(1, len(os.sched_getaffinity(0)) // 2)
-
-
-def _max_model_tokens(spec: ModelSpec, positions: int) -> int:
-    if spec.max_model_tokens is None:
-        return positions
-    if not 1 <= spec.max_model_tokens <= positions:
-        raise ValueError(f"max_model_tokens {spec.max_model_tokens} is not within the model's {positions}")
-    return spec.max_model_tokens
 
 
 def _describe(spec: ModelSpec, loaded: LoadedModel, capacity: Capacity) -> ModelInfo:

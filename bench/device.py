@@ -1,0 +1,273 @@
+"""What a decode step costs on a GPU, and how much of it the GPU idles.
+
+``python bench/device.py steps MODEL``: the device time of a decode step by batch, at one context.
+``python bench/device.py idle MODEL``: the share of a steady decode step in which the GPU waits: one minus the time of a
+bare replay of the same graphs over the wall time of a step, both from CUDA events of one process; and, from a profile,
+what it waits in a step that also computes known ids.
+``python bench/device.py throughput MODEL``: many requests of mixed lengths, without text.
+
+MODEL is a folder with a config.json; weights are drawn. The engine's core and the worker run in this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import select
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from penstock.executor.step import ModelInfo, ModelSpec, Sampling, StepResult, pack_u32
+from penstock.executor.uniproc import UniprocExecutor
+from penstock.executor.worker.device.runner import DeviceRunner
+from penstock.executor.worker.worker import Worker
+from penstock.scheduler.core.planner import Core
+from penstock.scheduler.core.policies.fcfs import FirstComeFirstServed
+from penstock.scheduler.records.commands import Submit, SubmitSample
+from record import save
+
+WAIT_SECONDS = 60.0
+
+
+class Engine:
+    """A core and a worker in this process, plans submitted as early as may be."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.executor = UniprocExecutor()
+        self.worker: Worker | None = None
+        self.info: ModelInfo = self.executor.start(spec, lambda stage, done, total: None)
+        self.core = Core(self.info, FirstComeFirstServed(), traced_step_every=1 << 30)
+        self.handle = 0
+        self.tokens = 0
+        self.results: list[tuple[int, int, StepResult]] = []
+        """When each result came, how many known ids its step computed, and the result."""
+
+    def submit(self, prompt: Sequence[int], max_tokens: int, temperature: float) -> None:
+        self.handle += 1
+        self.core.submit(
+            Submit(
+                (SubmitSample(self.handle, 0, self.handle),),
+                pack_u32(list(prompt)),
+                Sampling(temperature=temperature),
+                max_tokens,
+                time.monotonic_ns(),
+                ignore_eos=True,
+            )
+        )
+
+    def run(self, until: Callable[[], bool]) -> None:
+        """Step until ``until`` says so, or there is nothing left to do."""
+        core, depth = self.core, self.info.plans_in_flight
+        while (core.has_work or core.in_flight) and not until():
+            while core.in_flight < depth and core.has_work:
+                plan = core.plan(time.monotonic_ns())
+                if plan is None:
+                    break
+                self.executor.submit(plan)
+            readable, _, _ = select.select([self.executor.fileno()], [], [], WAIT_SECONDS)
+            if not readable:
+                raise TimeoutError("no result")
+            self._absorb()
+
+    def _absorb(self) -> None:
+        for result in self.executor.results():
+            now = time.monotonic_ns()
+            flight = self.core.absorb(result, now)
+            self.results.append((now, flight.prefill_rows if flight else 0, result))
+            self.tokens += sum(result.counts)
+            if result.failed:
+                raise RuntimeError(str(result.failed[0]))
+        self.core.take_output()
+
+    def settle(self) -> None:
+        """Take in what is in flight, plan no more."""
+        while self.core.in_flight:
+            select.select([self.executor.fileno()], [], [], WAIT_SECONDS)
+            self._absorb()
+
+    @property
+    def runner(self) -> DeviceRunner:
+        runner = self.executor.runner
+        assert isinstance(runner, DeviceRunner)
+        return runner
+
+
+def spec_of(arguments: argparse.Namespace, **changes: Any) -> ModelSpec:
+    settings: dict[str, Any] = {
+        "path": arguments.model,
+        "load_format": "dummy",
+        "device": arguments.device,
+        "max_sequences": 256,
+        "max_step_tokens": 8192,
+        "max_model_tokens": 4096,
+        "plans_in_flight": 2,
+    }
+    return ModelSpec(**settings | changes)
+
+
+def prompt_of(source: random.Random, length: int, vocab_size: int) -> list[int]:
+    return [source.randrange(min(10_000, vocab_size)) for _ in range(length)]
+
+
+def decode_batch(engine: Engine, batch: int, context: int, steps: int, temperature: float) -> list[tuple[int, int]]:
+    """Wall and device nanoseconds of ``steps`` steps of ``batch`` sequences around ``context`` tokens."""
+    source = random.Random(batch)
+    for _ in range(batch):
+        engine.submit(prompt_of(source, context - steps // 2, engine.info.vocab_size), 10 * steps + 100, temperature)
+    engine.results.clear()
+    engine.run(lambda: sum(1 for _, prefill, _ in engine.results[-steps - 8 :] if not prefill) >= steps + 8)
+    engine.settle()
+    taken = [entry for entry in engine.results if not entry[1]][-steps:]
+    walls = [after[0] - before[0] for before, after in pairwise(taken)]
+    return list(zip(walls, [entry[2].device_ns for entry in taken[1:]], strict=True))
+
+
+def finish(engine: Engine) -> None:
+    """End all sequences."""
+    for handle in range(engine.handle + 1):
+        engine.core.cancel(handle, time.monotonic_ns())
+    engine.run(lambda: False)
+    engine.core.take_output()
+
+
+def steps(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The step table."""
+    engine = Engine(spec_of(arguments))
+    table = []
+    for batch in arguments.batches:
+        times = decode_batch(engine, batch, arguments.context, arguments.steps, arguments.temperature)
+        finish(engine)
+        row = {
+            "batch": batch,
+            "context": arguments.context,
+            "wall_ms": statistics.median(wall for wall, _ in times) / 1e6,
+            "device_ms": statistics.median(device for _, device in times) / 1e6,
+        }
+        print(json.dumps(row), flush=True)
+        table.append(row)
+    engine.executor.shutdown()
+    return {"steps": table, "startup_ms": engine.info.startup_ms, "memory_bytes": engine.info.memory_bytes}
+
+
+def idle(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Idle share of steady decodes, and of mixed steps."""
+    engine = Engine(spec_of(arguments))
+    rows = []
+    for batch in arguments.batches:
+        times = decode_batch(engine, batch, arguments.context, arguments.steps, arguments.temperature)
+        wall = statistics.fmean(wall for wall, _ in times)
+        bare = engine.runner.replay(batch, arguments.steps)
+        finish(engine)
+        row = {"batch": batch, "wall_ms": wall / 1e6, "bare_ms": bare / 1e6, "idle_share": 1 - bare / wall}
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    mixed = profile_mixed(engine, arguments)
+    engine.executor.shutdown()
+    return {"decode": rows, "mixed": mixed}
+
+
+def profile_mixed(engine: Engine, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Device time without any kernel or copy, per step, while prompts arrive among decodes."""
+    source = random.Random(5)
+    for number in range(96):
+        engine.submit(prompt_of(source, 200 + 8 * number, engine.info.vocab_size), 200, arguments.temperature)
+    engine.run(lambda: sum(engine.results[-1][2].counts) >= 90)
+    for _ in range(64):
+        engine.submit(prompt_of(source, 600, engine.info.vocab_size), 100, arguments.temperature)
+    engine.results.clear()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        engine.run(lambda: len(engine.results) >= 12)
+        engine.settle()
+        torch.cuda.synchronize()
+    if arguments.trace:
+        profile.export_chrome_trace(arguments.trace)
+    finish(engine)
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profile.events()
+        if event.device_type.name == "CUDA"
+    )
+    busy, gaps, last = 0.0, [], spans[0][0]
+    for start, end in spans:
+        if start > last:
+            gaps.append(start - last)
+        busy += max(0.0, end - max(start, last))
+        last = max(last, end)
+    mixed_steps = sum(1 for _, prefill, _ in engine.results if prefill)
+    row = {
+        "steps": len(engine.results),
+        "mixed_steps": mixed_steps,
+        "wall_us": spans[-1][1] - spans[0][0],
+        "busy_us": busy,
+        "idle_us_per_step": (spans[-1][1] - spans[0][0] - busy) / len(engine.results),
+        "longest_gap_us": max(gaps, default=0.0),
+    }
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
+    """256 requests, prompts and outputs of 100 to 1024 tokens drawn from seed 0, all at once."""
+    engine = Engine(spec_of(arguments, max_step_tokens=arguments.step_tokens))
+    random.seed(0)
+    prompts = [[random.randint(0, 10_000) for _ in range(random.randint(100, 1024))] for _ in range(256)]
+    lengths = [random.randint(100, 1024) for _ in range(256)]
+    found = []
+    for repeat in range(arguments.repeats + 1):
+        engine.tokens = 0
+        engine.results.clear()
+        start = time.perf_counter()
+        for prompt, length in zip(prompts, lengths, strict=True):
+            engine.submit(prompt, length, arguments.temperature)
+        engine.run(lambda: False)
+        seconds = time.perf_counter() - start
+        assert engine.tokens == sum(lengths)
+        device = sum(result.device_ns for _, _, result in engine.results) / 1e9
+        row = {
+            "warm_up": repeat == 0,
+            "seconds": seconds,
+            "tokens_s": engine.tokens / seconds,
+            "steps": len(engine.results),
+            "device_s": device,
+            "mixed_device_s": sum(result.device_ns for _, prefill, result in engine.results if prefill) / 1e9,
+            "host_ms": statistics.median(result.host_ns for _, _, result in engine.results) / 1e6,
+        }
+        print(json.dumps(row), flush=True)
+        found.append(row)
+    engine.executor.shutdown()
+    measured = [row["tokens_s"] for row in found if not row["warm_up"]]
+    return {"runs": found, "median_tokens_s": statistics.median(measured) if measured else None}
+
+
+PROGRAMS = {"steps": steps, "idle": idle, "throughput": throughput}
+
+
+def main() -> None:
+    """Measure, print, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("program", choices=PROGRAMS)
+    parser.add_argument("model", help="a folder with config.json")
+    parser.add_argument("--name", help="results/NAME.json")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16, 32, 64, 96, 128, 192, 256])
+    parser.add_argument("--context", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--step-tokens", type=int, default=8192)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--trace", type=Path, help="where the profile of the mixed steps goes")
+    arguments = parser.parse_args()
+    figures = PROGRAMS[arguments.program](arguments)
+    if arguments.name:
+        save(arguments.name, {"model": arguments.model, **figures})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Decode steps as CUDA graphs: one launch for the layers, one for the choice of tokens.
+
+A graph computes a fixed number of rows; a batch is padded up to the next size with rows of the slot that is nobody's,
+which cost little more than their share of the matrix products. All graphs share one pool of memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from penstock.executor.worker.device.program import Program
+
+
+def graph_sizes(max_rows: int) -> list[int]:
+    """Sizes that are captured: fine enough that padding costs at most an eighth above 8 rows and far less above 64."""
+    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16), *range(544, max_rows + 1, 32)]
+    fitting = [size for size in sizes if size < max_rows]
+    return [*fitting, max_rows]
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureReport:
+    """What capturing cost."""
+
+    graphs: int
+    seconds: float
+    bytes: int
+    """Device memory that the graphs took."""
+
+
+class DecodeGraphs:
+    """The decode steps of a program. Without graphs every step is launched kernel by kernel."""
+
+    def __init__(self, program: Program) -> None:
+        """Nothing is captured."""
+        self._program = program
+        self._forward: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._tail: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._size_of: list[int] = []
+        self._pool: torch.cuda._POOL_HANDLE | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def capture(self, max_rows: int, device: torch.device, on_size: Callable[[int, int], None]) -> CaptureReport:
+        """Capture all sizes up to ``max_rows``, the largest first so that the smaller ones share its memory.
+
+        ``on_size`` is told how many sizes are done, of how many. No slot may be live.
+        """
+        started, free = time.perf_counter(), torch.cuda.mem_get_info(device)[0]
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        sizes = graph_sizes(max_rows)
+        for done, size in enumerate(reversed(sizes)):
+            on_size(done, len(sizes))
+            self._capture_forward(size, uneven=False)
+            for filtered in (False, True):
+                choose = partial(self._program.choose, size, filtered=filtered)
+                self._tail[size, filtered] = self._captured(choose)
+        on_size(len(sizes), len(sizes))
+        self._size_of = [next(size for size in sizes if size >= rows) for rows in range(max_rows + 1)]
+        torch.cuda.synchronize(device)
+        taken = free - torch.cuda.mem_get_info(device)[0]
+        return CaptureReport(3 * len(sizes), time.perf_counter() - started, taken)
+
+    def decode(self, rows: int, *, uneven: bool) -> None:
+        """The logits of the decode batch of ``rows`` rows; see :meth:`Program.decode`.
+
+        Steps of uneven batches are rare: each size of them is captured when it is first met.
+        """
+        if not self._size_of:
+            self._program.decode(rows, uneven=uneven)
+            return
+        size = self._size_of[rows]
+        if (size, uneven) not in self._forward:
+            self._capture_forward(size, uneven=uneven)
+        self._forward[size, uneven].replay()
+
+    def _capture_forward(self, size: int, *, uneven: bool) -> None:
+        self._forward[size, uneven] = self._captured(partial(self._program.decode, size, uneven=uneven))
+
+    def choose(self, rows: int, *, filtered: bool) -> None:
+        """Its next tokens."""
+        if self._size_of:
+            self._tail[self._size_of[rows], filtered].replay()
+        else:
+            self._program.choose(rows, filtered=filtered)
+
+    def _captured(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """``work`` as a graph. Not through ``torch.cuda.graph``: that collects garbage before each of many captures."""
+        assert self._stream is not None
+        work()  # compiles kernels, chooses algorithms and takes work space: none of it may happen while capturing
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return graph

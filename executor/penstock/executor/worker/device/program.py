@@ -1,0 +1,93 @@
+"""What a device computes in one step, launched kernel by kernel; :mod:`.graphs` records the decode steps of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from penstock.executor.layers.attention import LayerCache
+from penstock.executor.models.registry import Model
+from penstock.executor.worker.device.attention import ChunkRows, DeviceStep
+from penstock.executor.worker.slots import Capacity
+from penstock.kernels.batch.gather import StepRows, fill_rows, gather_rows
+from penstock.kernels.batch.state import ArenaLayout, BatchState
+from penstock.kernels.batch.update import apply_words
+from penstock.kernels.sampling.tail import TailOutput, sample_step
+
+
+@dataclass(frozen=True, slots=True)
+class MixedStep:
+    """The device's side of a step that computes known ids: all tensors int32."""
+
+    ids: Tensor
+    """[rows of chunks]"""
+    positions: Tensor
+    slots: Tensor
+    """The slot of each of these rows."""
+    chunks: ChunkRows
+    chosen: Tensor
+    """[samples]: of all rows, decodes first, those whose next token is chosen"""
+    sample_slots: Tensor
+    """[samples]"""
+
+
+class Program:
+    """A model, its pages and the state of its slots."""
+
+    def __init__(
+        self, model: Model, pages: Sequence[LayerCache], capacity: Capacity, max_step_tokens: int, device: torch.device
+    ) -> None:
+        """``pages``: one cache a layer, of ``capacity.num_blocks`` blocks and one more, the scratch block."""
+        self._model, self._pages = model, pages
+        self._block_tokens = capacity.block_tokens
+        rows = capacity.max_sequences
+        self.layout = ArenaLayout(rows, capacity.table_width, rows)
+        self.state = BatchState.allocate(self.layout, device, scratch_block=capacity.num_blocks)
+        self.rows = StepRows.allocate(rows + max_step_tokens, device)
+        self.output = TailOutput.allocate(rows, capacity.vocab_size, device)
+        self._logits = torch.empty(rows, capacity.vocab_size, dtype=pages[0].keys.dtype, device=device)
+
+    def apply(self, words: Tensor) -> None:
+        """Change the state: int32 [2 n] of (offset, word) pairs."""
+        if words.numel():
+            apply_words(self.state.arena, words.view(-1, 2))
+
+    def decode(self, rows: int, *, uneven: bool) -> None:
+        """The logits of the first ``rows`` rows of the decode batch; running it twice changes nothing.
+
+        ``uneven``: one of the sequences is far longer than the others.
+        """
+        gather_rows(self.state, rows, self._block_tokens, self.rows)
+        step = DeviceStep(self.state, self.rows, rows, uneven=uneven)
+        hidden = self._model.forward(self.rows.ids[:rows], step, self._pages)
+        self._model.logits(hidden, out=self._logits[:rows])
+
+    def choose(self, rows: int, *, filtered: bool) -> None:
+        """The next tokens of the first ``rows`` rows of the decode batch."""
+        sample_step(self._logits[:rows], self.state.row_slots[:rows], self.state, self.output, filtered=filtered)
+
+    def mixed(self, decodes: int, step: MixedStep, *, uneven: bool) -> int:
+        """The logits of ``decodes`` rows of the decode batch and of chunks that complete; returns how many."""
+        if decodes:
+            gather_rows(self.state, decodes, self._block_tokens, self.rows)
+        fill_rows(self.state, self.rows, decodes, step.ids, step.positions, step.slots, self._block_tokens)
+        count = decodes + step.ids.numel()
+        attention = DeviceStep(self.state, self.rows, decodes, step.chunks, uneven)
+        hidden = self._model.forward(self.rows.ids[:count], attention, self._pages, step.chosen)
+        samples = step.chosen.numel()
+        if samples:
+            self._model.logits(hidden, out=self._logits[:samples])
+        return samples
+
+    def choose_mixed(self, step: MixedStep, *, filtered: bool) -> None:
+        """The next tokens of the samples of a mixed step."""
+        samples = step.chosen.numel()
+        sample_step(self._logits[:samples], step.sample_slots, self.state, self.output, filtered=filtered)
+
+    def forget(self) -> None:
+        """No slot is live."""
+        self.state.live.zero_()
+        self.state.row_slots.fill_(self.layout.slots)

@@ -1,0 +1,249 @@
+"""Runs plans on a device, a step ahead of their results.
+
+:meth:`DeviceRunner.launch` changes the state on the device and launches a step without waiting for it; by then the
+step before may still run. :meth:`DeviceRunner.collect`, on another thread, waits for the oldest one and returns what
+it made. Everything that a step needs to know of the one before it, the tokens it sampled above all, is on the device.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.executor.executor import ExecutorError
+from penstock.executor.step import SlotFailure, StepPlan, StepResult
+from penstock.executor.worker.device.attention import ChunkRows
+from penstock.executor.worker.device.graphs import DecodeGraphs
+from penstock.executor.worker.device.mirror import Chunk, Ints, Mirror, Step
+from penstock.executor.worker.device.program import MixedStep, Program
+from penstock.executor.worker.device.timeline import CudaTimeline, HostTimeline, Mark
+from penstock.executor.worker.device.upload import Upload, Words
+from penstock.executor.worker.slots import Capacity
+
+MAX_REPEAT = 8
+"""Most steps of one burst."""
+_FAILED = 2
+_NOT_FINITE = "the model's logits are not finite"
+_NOTHING = np.empty(0, np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The tokens of one step of a plan on their way to the host."""
+
+    memory: Tensor
+    """int32 [2 · samples], tokens and statuses, once ``arrived``"""
+    arrived: Mark
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A plan whose step is launched."""
+
+    epoch: int
+    number: int
+    rows: Ints
+    samples: Ints
+    sample_rows: Ints
+    steps: Sequence[Sampled]
+    failures: list[SlotFailure]
+    begin: Mark
+    end: Mark
+    host_ns: int
+
+
+class DeviceRunner:
+    """See :class:`penstock.executor.worker.runner.Runner`. launch and collect are called by one thread each."""
+
+    def __init__(
+        self, program: Program, graphs: DecodeGraphs, capacity: Capacity, max_step_tokens: int, device: torch.device
+    ) -> None:
+        """``program`` computes on ``device``; ``graphs`` are its decode steps."""
+        self._program, self._graphs = program, graphs
+        self._capacity, self._device = capacity, device
+        self._timeline = CudaTimeline(device) if device.type == "cuda" else HostTimeline()
+        self._upload = Upload(self._timeline, device, 16 * (max_step_tokens + capacity.max_sequences) + 4096)
+        self._mirror = Mirror(capacity, program.layout)
+        self._launched: queue.SimpleQueue[Launched] = queue.SimpleQueue()
+        self._memory: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        self._downloaded: Mark | None = None
+        self._epoch = 0
+        self._number = 0
+
+    @property
+    def uploaded_bytes(self) -> int:
+        """Bytes that the last plan brought to the device."""
+        return self._upload.bytes
+
+    def take_thread(self) -> None:
+        """Called once by each thread that uses this."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        torch.get_num_threads()
+
+    # ---- launch ----
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> None:
+        """Apply the plan and launch its step.
+
+        A slot of which something impossible is asked fails alone. Raises ExecutorError for a plan out of order or of a
+        kind that is not offered, ValueError for a malformed one.
+        """
+        started = time.perf_counter_ns()
+        self._take_turn(plan)
+        self._mirror.apply(plan)
+        step = self._mirror.compose(plan.repeat)
+        begin = self._timeline.mark()
+        steps = self._launch_mixed(step) if step.chunks else self._launch_decodes(step, plan.repeat)
+        self._launched.put(
+            Launched(
+                plan.epoch,
+                plan.number,
+                step.rows,
+                step.samples,
+                step.sample_rows,
+                steps,
+                self._mirror.failures,
+                begin,
+                self._timeline.mark(),
+                time.perf_counter_ns() - started,
+            )
+        )
+
+    def _take_turn(self, plan: StepPlan) -> None:
+        if plan.epoch != self._epoch:
+            self._epoch, self._number = plan.epoch, 0
+            self._mirror = Mirror(self._capacity, self._program.layout)
+            self._program.forget()
+        if plan.number != self._number + 1:
+            raise ExecutorError(f"plan {plan.number} came where {self._number + 1} was due")
+        self._number = plan.number
+        if plan.copies or not 1 <= plan.repeat <= MAX_REPEAT:
+            raise ExecutorError(f"plan {plan.number} asks for block copies or too long a burst")
+
+    def _launch_decodes(self, step: Step, repeat: int) -> list[Sampled]:
+        (words,) = self._upload.send([self._mirror.changes.take().reshape(-1)])
+        self._program.apply(words)
+        rows = len(step.decodes)
+        if not rows:
+            return []
+        steps = []
+        for _ in range(repeat):
+            self._graphs.decode(rows, uneven=step.uneven)
+            self._timeline.settle(self._downloaded)
+            self._graphs.choose(rows, filtered=step.filtered)
+            steps.append(self._fetch(rows))
+        return steps
+
+    def _launch_mixed(self, step: Step) -> list[Sampled]:
+        words, *sections = self._upload.send(
+            [self._mirror.changes.take().reshape(-1), *_chunk_sections(step, len(step.decodes))]
+        )
+        self._program.apply(words)
+        ids, positions, slots, chunk_slots, query_start, contexts, chosen, sample_slots = sections
+        longest = max(chunk.ids.size for chunk in step.chunks)
+        mixed = MixedStep(
+            ids, positions, slots, ChunkRows(chunk_slots, query_start, contexts, longest), chosen, sample_slots
+        )
+        samples = self._program.mixed(len(step.decodes), mixed, uneven=step.uneven)
+        if not samples:
+            return []
+        self._timeline.settle(self._downloaded)
+        self._program.choose_mixed(mixed, filtered=step.filtered)
+        return [self._fetch(samples)]
+
+    def _fetch(self, samples: int) -> Sampled:
+        """Start to bring the tokens of the step to the host."""
+        try:
+            memory = self._memory.get_nowait()
+        except queue.Empty:
+            memory = self._timeline.memory(2 * self._capacity.max_sequences)
+        output = self._program.output
+        pairs = [
+            (memory[:samples], output.tokens[:samples]),
+            (memory[self._capacity.max_sequences :][:samples], output.status[:samples]),
+        ]
+        self._downloaded = self._timeline.download(pairs)
+        return Sampled(memory, self._downloaded)
+
+    # ---- collect ----
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest plan launched, and tell what it made."""
+        launched = self._launched.get()
+        tokens, counts, failed = self._read(launched)
+        launched.end.wait()
+        row_counts = np.zeros(len(launched.rows), np.uint8)
+        row_counts[launched.sample_rows] = counts
+        order = np.argsort(launched.sample_rows, kind="stable")
+        made = np.arange(tokens.shape[1]) < counts[order, None]
+        return StepResult(
+            epoch=launched.epoch,
+            number=launched.number,
+            counts=row_counts.tobytes(),
+            ids=tokens[order][made].tobytes(),
+            failed=(*launched.failures, *failed),
+            device_ns=launched.end.since(launched.begin),
+            host_ns=launched.host_ns,
+        )
+
+    def _read(self, launched: Launched) -> tuple[Words, Ints, list[SlotFailure]]:
+        """Tokens int32 [samples, steps], how many of each sample count, and who failed."""
+        samples = len(launched.samples)
+        tokens = np.zeros((samples, len(launched.steps)), np.int32)
+        counts = np.zeros(samples, np.int64)
+        failed: list[SlotFailure] = []
+        for number, step in enumerate(launched.steps):
+            step.arrived.wait()
+            words = step.memory.numpy()
+            status = words[self._capacity.max_sequences :][:samples]
+            tokens[:, number] = words[:samples]
+            counts += status == 1
+            failed += [SlotFailure(int(slot), _NOT_FINITE) for slot in launched.samples[status == _FAILED]]
+            self._memory.put(step.memory)
+        return tokens, counts, failed
+
+    # ---- measurement ----
+
+    @torch.inference_mode()
+    def replay(self, rows: int, steps: int) -> int:
+        """Nanoseconds a step of the decode batch takes when nothing is between the steps; its tokens are not told.
+
+        For measurements: the slots of the batch are further than anybody knows afterwards.
+        """
+        begin = self._timeline.mark()
+        for _ in range(steps):
+            self._graphs.decode(rows, uneven=False)
+            self._graphs.choose(rows, filtered=False)
+        end = self._timeline.mark()
+        end.wait()
+        return end.since(begin) // steps
+
+
+def _chunk_sections(step: Step, decodes: int) -> list[Words]:
+    """What :class:`MixedStep` holds, in its order of fields."""
+    chunks = step.chunks
+    lengths = np.array([chunk.ids.size for chunk in chunks], np.int64)
+    ends = np.cumsum(lengths)
+    last_rows = [int(end) - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.completes]
+    return [
+        np.concatenate([chunk.ids for chunk in chunks]),
+        np.concatenate([_positions(chunk) for chunk in chunks]),
+        np.repeat(np.array([chunk.slot for chunk in chunks], np.int32), lengths),
+        np.array([chunk.slot for chunk in chunks], np.int32),
+        np.concatenate(([0], ends)).astype(np.int32),
+        np.array([chunk.start + chunk.ids.size for chunk in chunks], np.int32),
+        np.concatenate((np.arange(decodes), decodes + np.array(last_rows, np.int64))).astype(np.int32),
+        step.samples.astype(np.int32),
+    ]
+
+
+def _positions(chunk: Chunk) -> Words:
+    return np.arange(chunk.start, chunk.start + chunk.ids.size, dtype=np.int32)

@@ -1,0 +1,148 @@
+"""From a specification to a runner on a device: weights, room for a step, pages, graphs."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from penstock.executor.executor import Progress
+from penstock.executor.layers.attention import LayerCache
+from penstock.executor.step import ModelSpec
+from penstock.executor.worker.device.attention import ChunkRows
+from penstock.executor.worker.device.graphs import DecodeGraphs, graph_sizes
+from penstock.executor.worker.device.memory import GRAPH_BYTES, Budget, count_device_blocks
+from penstock.executor.worker.device.program import MixedStep, Program
+from penstock.executor.worker.device.runner import DeviceRunner
+from penstock.executor.worker.kv_cache import PageShape, allocate_pages, longest_sequence
+from penstock.executor.worker.model_runner import LoadedModel, load_model
+from penstock.executor.worker.slots import Capacity
+
+TUNE_SECONDS = 4.0
+"""Spent at most on choosing libraries for the matrix products of decode steps."""
+
+
+@dataclass(slots=True)
+class StartReport:
+    """What the start took: milliseconds of each stage, bytes of each holder of memory."""
+
+    milliseconds: dict[str, int] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str, device: torch.device) -> Iterator[None]:
+        """Time what is inside, the device's work included."""
+        started = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.milliseconds[name] = round(1000 * (time.perf_counter() - started))
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A runner that is ready, and what it runs."""
+
+    runner: DeviceRunner
+    loaded: LoadedModel
+    capacity: Capacity
+    report: StartReport
+
+
+def start_on_device(spec: ModelSpec, device: torch.device, progress: Progress) -> Started:
+    """Load the model on ``device`` and give it room.
+
+    Raises CheckpointError, ExecutorError with one line, RuntimeError if memory is short.
+    """
+    report = StartReport()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        with report.stage("device", device):
+            torch.zeros(1, device=device)
+    with report.stage("weights", device):
+        on_bytes = functools.partial(progress, "weights")
+        loaded = load_model(Path(spec.path), spec.dtype, on_bytes, device=device, load_format=spec.load_format)
+    report.bytes["weights"] = loaded.weights.weight_bytes
+    longest = longest_sequence(spec, loaded.config.max_positions)
+    shape = PageShape.of(loaded.config, spec.block_tokens, loaded.dtype)
+    with report.stage("profile", device):
+        blocks = _count_blocks(spec, loaded, shape, longest, device, report)
+    longest = min(longest, blocks * spec.block_tokens)
+    capacity = Capacity(spec.max_sequences, longest, spec.block_tokens, blocks, loaded.config.vocab_size)
+    with report.stage("pages", device):
+        pages = allocate_pages(shape, blocks + 1, device)
+    report.bytes["pages"] = (blocks + 1) * shape.block_bytes
+    program = Program(loaded.model, pages, capacity, spec.max_step_tokens, device)
+    graphs = DecodeGraphs(program)
+    with torch.inference_mode():
+        if device.type == "cuda":
+            with report.stage("warm_up", device):
+                _run_full_step(program, spec.max_step_tokens, longest)
+        if device.type == "cuda" and spec.cuda_graphs:
+            with report.stage("products", device):
+                loaded.model.tune(graph_sizes(spec.max_sequences), limit_s=TUNE_SECONDS)
+            with report.stage("graphs", device):
+                captured = graphs.capture(spec.max_sequences, device, functools.partial(progress, "graphs"))
+            report.bytes["graphs"] = captured.bytes
+    return Started(DeviceRunner(program, graphs, capacity, spec.max_step_tokens, device), loaded, capacity, report)
+
+
+def _count_blocks(
+    spec: ModelSpec, loaded: LoadedModel, shape: PageShape, longest: int, device: torch.device, report: StartReport
+) -> int:
+    if device.type != "cuda":
+        room = Budget(spec.kv_cache_bytes or 1 << 30, 0, 0, 0, 1.0)
+        return count_device_blocks(spec, shape, longest, room)
+    report.bytes["step"] = step = _profile(spec, loaded, shape, longest, device)
+    free, total = torch.cuda.mem_get_info(device)
+    graphs = GRAPH_BYTES * len(graph_sizes(spec.max_sequences)) if spec.cuda_graphs else 0
+    return count_device_blocks(
+        spec, shape, longest, Budget(total, total - free, step, graphs, spec.gpu_memory_utilization)
+    )
+
+
+@torch.inference_mode()
+def _profile(spec: ModelSpec, loaded: LoadedModel, shape: PageShape, longest: int, device: torch.device) -> int:
+    """The most bytes that state and a full step take beside weights and pages: measured with a pool of one block."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    capacity = Capacity(spec.max_sequences, longest, spec.block_tokens, 1, loaded.config.vocab_size)
+    pages: tuple[LayerCache, ...] = allocate_pages(shape, 2, device)
+    program = Program(loaded.model, pages, capacity, spec.max_step_tokens, device)
+    _run_full_step(program, spec.max_step_tokens, longest)
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del program, pages
+    torch.cuda.empty_cache()
+    return peak
+
+
+def _run_full_step(program: Program, max_step_tokens: int, longest: int) -> None:
+    """A step of as many rows and samples as there can be, all of the slot that is nobody's."""
+    slots, device = program.layout.slots, program.state.arena.device
+    rows = min(max_step_tokens, longest)
+    starts = [*range(0, max_step_tokens, rows), max_step_tokens]
+    lengths = [end - start for start, end in pairwise(starts)]
+
+    def column(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    positions = torch.arange(max_step_tokens, dtype=torch.int32, device=device) % rows
+    step = MixedStep(
+        ids=torch.zeros_like(positions),
+        positions=positions,
+        slots=torch.full_like(positions, slots),
+        chunks=ChunkRows(column([slots] * len(lengths)), column(starts), column(lengths), rows),
+        chosen=torch.arange(slots, dtype=torch.int32, device=device),
+        sample_slots=column([slots] * slots),
+    )
+    for either in (False, True):
+        program.mixed(slots, step, uneven=either)
+        program.choose_mixed(step, filtered=either)
