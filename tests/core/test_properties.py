@@ -15,9 +15,19 @@ from support.core_driver import VOCAB, Driver, random_prompt, undisturbed
 DEPTHS = [(1, 0), (2, 1), (4, 0), (3, 2)]
 
 
-def drive(rng: random.Random, depth: tuple[int, int], steps: int, *, blocks: int, cancels: float) -> Driver:
-    """Random arrivals, cancels, deadlines and delays for that many steps, then the end."""
-    driver = Driver(*depth, blocks=blocks, slots=rng.choice([1, 8, 16, 16]), step_tokens=rng.randint(16, 64))
+def drive(
+    rng: random.Random,
+    depth: tuple[int, int],
+    steps: int,
+    *,
+    blocks: int,
+    cancels: float,
+    repeat: int = 1,
+    losses: float = 0.0,
+) -> Driver:
+    """Random arrivals, cancels, deadlines, delays and lost devices for that many steps, then the end."""
+    slots, rows = rng.choice([1, 8, 16, 16]), rng.randint(16, 64)
+    driver = Driver(*depth, blocks=blocks, slots=slots, step_tokens=rows, max_repeat=repeat)
     expected: dict[int, list[int]] = {}
     disturbed: set[int] = set()
     handle = 0
@@ -35,6 +45,8 @@ def drive(rng: random.Random, depth: tuple[int, int], steps: int, *, blocks: int
             disturbed.add(victim)
             driver.core.cancel(victim, driver.now)
         driver.core.expire(driver.now)
+        if rng.random() < losses:
+            driver.lose_epoch()
         if len(driver.answers) < depth[0]:
             driver.plan()
         if driver.answers and (len(driver.answers) == depth[0] or rng.random() < 0.5):
@@ -68,6 +80,23 @@ def test_twenty_thousand_steps(depth: tuple[int, int]) -> None:
 @given(st.randoms(use_true_random=False), st.sampled_from(DEPTHS), st.integers(16, 60), st.sampled_from([0.0, 0.3]))
 def test_any_script(rng: random.Random, depth: tuple[int, int], blocks: int, cancels: float) -> None:
     drive(rng, depth, 60, blocks=blocks, cancels=cancels)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("repeat", [1, 3, 8])
+def test_lost_epochs_and_bursts(depth: tuple[int, int], repeat: int) -> None:
+    rng = random.Random(f"{depth}{repeat}")
+    driver = drive(rng, depth, 2000, blocks=40, cancels=0.02, repeat=repeat, losses=0.01)
+    assert len(driver.finished) > 300
+    assert {plan.epoch for plan in driver.plans} >= set(range(2, 10))
+    assert any(span.cause == "epoch" for span in driver.spans)
+    assert (driver.bursts > 0) is (repeat > 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.randoms(use_true_random=False), st.sampled_from(DEPTHS), st.integers(16, 60), st.integers(1, 8))
+def test_any_script_with_losses(rng: random.Random, depth: tuple[int, int], blocks: int, repeat: int) -> None:
+    drive(rng, depth, 60, blocks=blocks, cancels=0.1, repeat=repeat, losses=0.05)
 
 
 class Capricious(FirstComeFirstServed):

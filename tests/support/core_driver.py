@@ -54,6 +54,7 @@ class Driver:
         model_tokens: int = 256,
         eos_ids: tuple[int, ...] = (),
         policy: Policy | None = None,
+        max_repeat: int = 1,
     ) -> None:
         spec = ModelSpec(
             path="/nonexistent",
@@ -68,6 +69,8 @@ class Driver:
         self.info = msgspec.structs.replace(describe(spec), tokens_ahead=tokens_ahead, eos_ids=eos_ids)
         self.device = SimulatedDevice(self.info)
         self.core = Core(self.info, FirstComeFirstServed() if policy is None else policy)
+        self.max_repeat = max_repeat
+        self.bursts = 0
         self.left: dict[int, int] = {}
         """Of each slot that is taken: known ids to compute; at 0 it decodes."""
         self.rows: list[int] = []
@@ -109,8 +112,9 @@ class Driver:
     def plan(self) -> StepPlan | None:
         """Make and compute one plan, through its encoding; its answer waits."""
         self.now += 1
-        plan = self.core.plan(self.now)
+        plan = self.core.plan(self.now, self.max_repeat)
         if plan is not None:
+            self.bursts += plan.repeat > 1
             self.plans.append(plan)
             self.check_plan(plan)
             self.answers.append(self.device.execute(decode_plan(encode_plan(plan))))
@@ -139,11 +143,29 @@ class Driver:
         self.rows = self.rows if plan.rows is None else unpack_u32(plan.rows).tolist()
         assert sorted(self.rows) == sorted([*decoding, *scheduled]), "who takes part is who decodes or is scheduled"
         assert 0 < len(decoding) + sum(scheduled.values()) <= self.info.max_step_tokens
+        if plan.repeat > 1:
+            assert plan.repeat == self.max_repeat
+            assert not scheduled
+            assert not held
 
     def absorb(self) -> None:
         """Absorb the oldest answer."""
         self.now += 1
         self.core.absorb(self.answers.popleft(), self.now)
+        self.check()
+
+    def lose_epoch(self) -> None:
+        """The device is gone, with all that was in flight; another one takes its place."""
+        self.now += 1
+        late = self.answers.popleft() if self.answers else None
+        self.answers.clear()
+        self.left.clear()
+        self.device = SimulatedDevice(self.info)
+        self.core.lose_epoch(self.now)
+        self.check()
+        assert not self.core.in_flight
+        if late is not None:
+            assert self.core.absorb(late, self.now) is None, "a result of an older epoch is dropped"
         self.check()
 
     def run(self, most_steps: int = 200_000) -> None:
@@ -188,8 +210,10 @@ class Driver:
         assert sorted(slots + core._free_slots) == list(range(self.info.max_sequences)), "a slot is lost"
         for sequence in core._running:
             assert sequence.state is State.RUNNING
-            assert sequence.scheduled <= sequence.capacity == len(sequence.blocks) * self.info.block_tokens
-            assert sequence.ahead <= self.info.tokens_ahead + 1
+            assert sequence.capacity == len(sequence.blocks) * self.info.block_tokens
+            assert min(sequence.scheduled, sequence.limit - 1) <= sequence.capacity
+            assert sequence.sampled_by <= self.info.tokens_ahead + 1
+            assert sequence.ahead <= self.max_repeat * sequence.sampled_by
         assert core._waiting_tokens == sum(sequence.waiting_tokens for sequence in core._policy)
 
     def at_rest(self) -> bool:

@@ -8,7 +8,7 @@ from penstock.scheduler.core.sequence import Sequence
 class Flight:
     """A plan that is not answered yet."""
 
-    __slots__ = ("chunks", "decodes", "members", "number", "plan_ns", "silent", "slots", "submitted_ns")
+    __slots__ = ("chunks", "decodes", "members", "number", "plan_ns", "repeat", "silent", "slots", "submitted_ns")
 
     def __init__(
         self,
@@ -18,6 +18,8 @@ class Flight:
         chunks: list[tuple[Sequence, int]],
         decodes: int,
         silent: frozenset[Sequence],
+        *,
+        repeat: int,
         now: int,
     ) -> None:
         self.number = number
@@ -31,6 +33,8 @@ class Flight:
         """How many decode."""
         self.silent = silent
         """Members that sample nothing: known ids are left after this plan."""
+        self.repeat = repeat
+        """Steps of it, and most tokens of a member."""
         self.submitted_ns = now
         self.plan_ns = 0
         """Time to make the plan; set by whoever measures it."""

@@ -3,6 +3,7 @@
 from array import array
 
 from penstock.executor.step import FRAGMENT_TOKENS, Admission, Fragment, StepPlan, pack_u32
+from penstock.scheduler.core.blocks import BlockPool
 from penstock.scheduler.core.sequence import Sequence
 
 
@@ -62,9 +63,11 @@ class PlanBuilder:
         self.fragments.append(Fragment(sequence.slot, start // FRAGMENT_TOKENS, part.tobytes()))
         sequence.unsent -= len(part)
 
-    def add_block(self, sequence: Sequence, block: int) -> None:
-        """A sequence's block table grows."""
+    def add_block(self, sequence: Sequence, pool: BlockPool) -> None:
+        """A sequence's block table grows by a free block."""
+        block = pool.take()
         sequence.blocks.append(block)
+        sequence.capacity += pool.block_tokens
         self.block_slots.append(sequence.slot)
         self.block_ids.append(block)
 
@@ -72,6 +75,26 @@ class PlanBuilder:
         """A sequence computes that many ids which the device knows."""
         self.schedule_slots.append(sequence.slot)
         self.schedule_rows.append(rows)
+
+    def count_chunks(self) -> frozenset[Sequence]:
+        """Count the chunks as planned; returns the sequences of which known ids are left: they sample nothing."""
+        silent = []
+        for sequence, rows in self.chunks:
+            sequence.scheduled += rows
+            sequence.in_flight += 1
+            if sequence.scheduled == len(sequence.ids):
+                sequence.ahead += 1
+                sequence.sampled_by += 1
+                sequence.active = True
+            else:
+                silent.append(sequence)
+        return frozenset(silent)
+
+    @property
+    def only_decodes(self) -> bool:
+        """Whether nothing is in the plan but sequences that go on decoding, and blocks for them."""
+        others = self.admissions or self.fragments or self.held or self.schedule_slots or self.chunks
+        return bool(self.decodes) and not others
 
     def forget(self, sequence: Sequence) -> None:
         """A sequence gives way while the plan is made: take back what the plan had for it."""
@@ -84,7 +107,7 @@ class PlanBuilder:
         self.block_slots, self.block_ids = _without(slot, self.block_slots, self.block_ids)
         self.schedule_slots, self.schedule_rows = _without(slot, self.schedule_slots, self.schedule_rows)
 
-    def build(self, epoch: int, number: int, release: list[int], rows: bytes | None) -> StepPlan:
+    def build(self, epoch: int, number: int, release: list[int], rows: bytes | None, repeat: int) -> StepPlan:
         """The plan."""
         return StepPlan(
             epoch,
@@ -98,6 +121,7 @@ class PlanBuilder:
             pack_u32(self.schedule_slots),
             pack_u32(self.schedule_rows),
             rows,
+            repeat=repeat,
         )
 
 

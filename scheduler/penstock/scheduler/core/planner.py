@@ -10,28 +10,28 @@ A sequence enters with blocks for all its known tokens and one more, so that onl
 policy names a victim, which frees everything, waits, and computes it all again (recompute preemption). The first of all
 always goes on, since the pool holds at least one sequence of full length: nothing can lock up.
 
+A plan of nothing but decodes may be a *burst*: the device repeats the step by itself, each sequence by its own tokens.
+
 A plan may be made while others are in flight. ``Sequence.ahead`` counts what they sample and nobody knows yet; a
 sequence whose last possible token is among it has nothing left to compute and leaves its slot at once, its results
 still to come. Everything is deterministic: time comes in as ``now``, in nanoseconds.
 """
 
-from array import array
 from collections import deque
-from operator import attrgetter
 
 from penstock.executor.step import ModelInfo, StepPlan, StepResult, unpack_u32
 from penstock.scheduler.core.blocks import BlockPool
+from penstock.scheduler.core.bursts import reserve_burst
 from penstock.scheduler.core.deadlines import Deadlines
 from penstock.scheduler.core.flight import Flight
 from penstock.scheduler.core.intake import sequences_of
 from penstock.scheduler.core.output import Output
 from penstock.scheduler.core.plan_builder import PlanBuilder
 from penstock.scheduler.core.policies import Policy
+from penstock.scheduler.core.rows import RowOrder
 from penstock.scheduler.core.sequence import Sequence, State
 from penstock.scheduler.records.commands import Submit
 from penstock.scheduler.records.events import Finish, Load, Span, Step
-
-_computed = attrgetter("scheduled")
 
 
 class Core:
@@ -57,9 +57,7 @@ class Core:
         self._deadlines = Deadlines(self._sequences)
         self._number = 0
         self._arrivals = 0
-        self._members: list[Sequence] = []
-        self._rows: list[Sequence] = []
-        self._slots = array("I")
+        self._rows = RowOrder()
         self._waiting_tokens = 0
         self._preemptions = 0
         self._preemptions_in_flight = 0
@@ -104,13 +102,17 @@ class Core:
 
     # ---- plan ----
 
-    def plan(self, now: int) -> StepPlan | None:
-        """The next step, or None if there is nothing to compute now. The plan counts as submitted."""
+    def plan(self, now: int, max_repeat: int = 1) -> StepPlan | None:
+        """The next step, or None if there is nothing to compute now. The plan counts as submitted.
+
+        ``max_repeat``: most steps of a burst, if the plan can be one.
+        """
         builder = PlanBuilder(self._info.max_step_tokens)
         prefilling = self._plan_decodes(builder, now)
         self._plan_chunks(builder, prefilling)
         self._admit(builder, now)
-        return self._close(builder, now)
+        burst = not prefilling and not len(self._policy) and reserve_burst(builder, self._pool, max_repeat)
+        return self._close(builder, now, max_repeat if burst else 1)
 
     def _plan_decodes(self, builder: PlanBuilder, now: int) -> list[Sequence]:
         """Give a row to everyone who has one token left to compute; returns those who have more."""
@@ -127,7 +129,7 @@ class Core:
                 prefilling.append(sequence)
             elif length >= sequence.limit:
                 self._leave(sequence)
-            elif ahead > tokens_ahead or builder.rows_left <= 0:
+            elif sequence.sampled_by > tokens_ahead or builder.rows_left <= 0:
                 if sequence.active:
                     sequence.active = False
                     builder.held.append(sequence)
@@ -147,12 +149,8 @@ class Core:
             self._preempt(victim, "blocks", now)
             if victim is sequence:
                 return False
-        self._add_block(sequence, builder)
+        builder.add_block(sequence, self._pool)
         return True
-
-    def _add_block(self, sequence: Sequence, builder: PlanBuilder) -> None:
-        builder.add_block(sequence, self._pool.take())
-        sequence.capacity += self._pool.block_tokens
 
     def _plan_chunks(self, builder: PlanBuilder, prefilling: list[Sequence]) -> None:
         for sequence in prefilling:
@@ -181,7 +179,7 @@ class Core:
             self._start(sequence, now)
             builder.admit(sequence)
             while sequence.capacity < tokens:
-                self._add_block(sequence, builder)
+                builder.add_block(sequence, self._pool)
             self._chunk(sequence, builder)
 
     def _start(self, sequence: Sequence, now: int) -> None:
@@ -195,7 +193,7 @@ class Core:
         if sequence.traced:
             self.output.span(Span.QUEUED, sequence, sequence.queued_ns, now, step=self._number + 1)
 
-    def _close(self, builder: PlanBuilder, now: int) -> StepPlan | None:
+    def _close(self, builder: PlanBuilder, now: int, repeat: int) -> StepPlan | None:
         """Count what the plan does, and record it as in flight."""
         members = [*builder.decodes, *(sequence for sequence, _ in builder.chunks)]
         if not members:
@@ -203,44 +201,31 @@ class Core:
                 sequence.active = True  # nobody was told
             return None
         for sequence in builder.decodes:
-            sequence.scheduled += 1
-            sequence.ahead += 1
+            sequence.scheduled += repeat
+            sequence.ahead += repeat
+            sequence.sampled_by += 1
             sequence.in_flight += 1
-        silent = self._count_chunks(builder.chunks)
-        rows = self._order_rows(members)
+        silent = builder.count_chunks()
+        rows = self._rows.order(members)
         self._number += 1
-        plan = builder.build(self._epoch, self._number, self._release, rows)
+        plan = builder.build(self._epoch, self._number, self._release, rows, repeat)
         self._release.clear()
-        flight = Flight(self._number, self._rows, self._slots, builder.chunks, len(builder.decodes), silent, now)
+        decodes, ordered = len(builder.decodes), self._rows
+        flight = Flight(
+            self._number, ordered.sequences, ordered.slots, builder.chunks, decodes, silent, repeat=repeat, now=now
+        )
         self._flights.append(flight)
         return plan
 
-    @staticmethod
-    def _count_chunks(chunks: list[tuple[Sequence, int]]) -> frozenset[Sequence]:
-        silent = []
-        for sequence, rows in chunks:
-            sequence.scheduled += rows
-            sequence.in_flight += 1
-            if sequence.scheduled == len(sequence.ids):
-                sequence.ahead += 1
-                sequence.active = True
-            else:
-                silent.append(sequence)
-        return frozenset(silent)
-
-    def _order_rows(self, members: list[Sequence]) -> bytes | None:
-        """Longest context first, since unsorted lengths cost the device time; None if the members did not change."""
-        if members == self._members:
-            return None
-        self._members = members
-        self._rows = sorted(members, key=_computed, reverse=True)
-        self._slots = array("I", [sequence.slot for sequence in self._rows])
-        return self._slots.tobytes()
-
     # ---- absorb ----
 
-    def absorb(self, result: StepResult, now: int) -> Flight:
-        """Take in the result of the oldest plan in flight. Raises ValueError for any other."""
+    def absorb(self, result: StepResult, now: int) -> Flight | None:
+        """Take in the result of the oldest plan in flight; None for one of an older epoch, which changes nothing.
+
+        Raises ValueError for any other.
+        """
+        if result.epoch < self._epoch:
+            return None
         flight = self._flights[0] if self._flights else None
         if flight is None or (result.epoch, result.number) != (self._epoch, flight.number):
             raise ValueError(f"result {result.epoch}.{result.number} answers no plan that is next")
@@ -262,7 +247,8 @@ class Core:
         for sequence, count in zip(flight.members, result.counts, strict=True):
             sequence.in_flight -= 1
             if sequence not in silent:
-                sequence.ahead -= 1
+                sequence.ahead -= flight.repeat
+                sequence.sampled_by -= 1
             if not count:
                 continue
             ids = sequence.ids
@@ -321,8 +307,21 @@ class Core:
         sequence.blocks.clear()
         sequence.capacity = 0
         sequence.active = False
-        self._members = []  # who comes back may have another slot,
-        self._rows = []  # and who is gone is not held
+        self._rows.forget()
+
+    def lose_epoch(self, now: int) -> None:
+        """All that was on the device is gone, plans in flight too: who had a slot waits, in its old place.
+
+        What was delivered stays; the rest is computed again.
+        """
+        self._epoch += 1
+        self._number = 0
+        self._flights.clear()
+        for sequence in self._sequences.values():
+            sequence.ahead = sequence.sampled_by = sequence.in_flight = 0
+            if sequence.state is State.RUNNING:
+                self._preempt(sequence, "epoch", now)
+        self._release.clear()
 
     def _preempt(self, victim: Sequence, cause: str, now: int) -> None:
         self._preemptions += 1

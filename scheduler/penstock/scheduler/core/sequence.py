@@ -40,6 +40,7 @@ class Sequence:
         "prompt_tokens",
         "queued_ns",
         "sample_index",
+        "sampled_by",
         "sampling",
         "scheduled",
         "seed",
@@ -96,6 +97,8 @@ class Sequence:
         """Tokens that its blocks hold."""
         self.scheduled = 0
         self.ahead = 0
+        self.sampled_by = 0
+        """Plans in flight that sample for it."""
         self.in_flight = 0
         """Plans in flight that it takes part in."""
         self.active = False
