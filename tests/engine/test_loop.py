@@ -151,9 +151,9 @@ def test_planning_hides_behind_the_device() -> None:
     plan = bench.loop.core.plan
     ends: list[float] = []
 
-    def slow_plan(now: int) -> StepPlan | None:
+    def slow_plan(now: int, max_repeat: int = 1) -> StepPlan | None:
         time.sleep(0.008)
-        return plan(now)
+        return plan(now, max_repeat)
 
     bench.loop.core.plan = slow_plan  # type: ignore[method-assign]
     bench.submit(1, 120)

@@ -3,7 +3,6 @@
 import gc
 import signal
 import sys
-import threading
 import time
 from typing import Final
 
@@ -12,10 +11,10 @@ from penstock.executor.executor import Executor, ExecutorError, Progress
 from penstock.executor.models.errors import one_line
 from penstock.executor.models.progress import ProgressBar
 from penstock.executor.ring import RingHandle, RingReader, RingWriter
-from penstock.executor.step import ModelInfo, ModelSpec
+from penstock.scheduler.engine.background import run_beside
 from penstock.scheduler.engine.loop import Loop
 from penstock.scheduler.records import events
-from penstock.scheduler.records.startup import EngineArguments
+from penstock.scheduler.records.startup import EngineArguments, EngineSpec
 from penstock.scheduler.records.vitals import EngineState, Vitals
 from penstock.telemetry import logging
 
@@ -24,9 +23,13 @@ _LAST_WORDS_S: Final = 1.0
 log = logging.get_logger(__name__)
 
 
-def create_executor(name: str) -> Executor:
-    """The executor of that name; only its own modules are loaded. Raises ExecutorError for an unknown one."""
-    match name:
+def create_executor(spec: EngineSpec) -> Executor:
+    """The executor that is named; only its own modules are loaded. Raises ExecutorError for an unknown one."""
+    match spec.executor:
+        case "multiprocess":
+            from penstock.executor.multiprocess import MultiprocessExecutor
+
+            return MultiprocessExecutor(step_seconds=spec.step_timeout_s, log_level=spec.log_level)
         case "uniproc":
             from penstock.executor.uniproc import UniprocExecutor
 
@@ -35,29 +38,8 @@ def create_executor(name: str) -> Executor:
             from penstock.executor.simulated import SimulatedExecutor
 
             return SimulatedExecutor()
-        case _:
-            raise ExecutorError(f"unknown executor {name!r}: uniproc or simulated")
-
-
-def start_executor(executor: Executor, spec: ModelSpec, vitals: Vitals, progress: Progress) -> ModelInfo:
-    """Start the executor on a thread of its own while this one keeps ticking. Raises what start raises."""
-    outcome: list[ModelInfo | BaseException] = []
-
-    def start() -> None:
-        try:
-            outcome.append(executor.start(spec, progress))
-        except BaseException as error:  # noqa: BLE001  # handed to the caller
-            outcome.append(error)
-
-    thread = threading.Thread(target=start, name="start", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        vitals.beat()
-        thread.join(0.05)
-    (result,) = outcome
-    if isinstance(result, BaseException):
-        raise result
-    return result
+        case unknown:
+            raise ExecutorError(f"unknown executor {unknown!r}: multiprocess, uniproc or simulated")
 
 
 def _progress(log_level: str) -> Progress:
@@ -69,9 +51,10 @@ def _progress(log_level: str) -> Progress:
 
 def serve(arguments: EngineArguments, events_ring: RingWriter, vitals: Vitals) -> None:
     """Start, serve until told to end, shut down. Raises ExecutorError."""
-    executor = create_executor(arguments.spec.executor)
+    executor = create_executor(arguments.spec)
+    progress = _progress(arguments.spec.log_level)
     try:
-        info = start_executor(executor, arguments.spec.model, vitals, _progress(arguments.spec.log_level))
+        info = run_beside(lambda: executor.start(arguments.spec.model, progress), vitals.beat)
         try:
             loop = Loop(
                 info,
@@ -80,6 +63,7 @@ def serve(arguments: EngineArguments, events_ring: RingWriter, vitals: Vitals) -
                 events_ring,
                 vitals,
                 traced_step_every=arguments.spec.traced_step_every,
+                progress=progress,
             )
         except ValueError as error:
             raise ExecutorError(str(error)) from error

@@ -55,7 +55,7 @@ class Gate:
     ) -> None:
         self._config = config
         self._table = AttemptTable()
-        self._admission = Admission(config.max_waiting, config.max_waiting_tokens, config.max_sequences)
+        self._admission = Admission(config.max_waiting, config.max_waiting_tokens, config.sequences)
         self._spans = Spans(tracing, self._table.samples)
         self._outputs = EngineOutputs(self._table, self._admission, self._spans)
         self.engine = EngineProcess(config.engine_spec(), self._take_record, engine_command)

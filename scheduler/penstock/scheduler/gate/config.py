@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from penstock.config.gpu import has_gpu
 from penstock.executor.step import ModelSpec
 from penstock.rpc.tls import require_secure
 from penstock.scheduler.records.startup import EngineSpec
@@ -26,19 +27,45 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     replica: Annotated[Name | None, Meta(description="Name of this scheduler. None: its address.")] = None
     grpc_address: Annotated[str, Meta(description="Where to listen; port 0 takes a free one.")] = "127.0.0.1:50052"
     executor: Annotated[
-        Literal["uniproc", "simulated"], Meta(description="What computes: the model on this CPU, or a simulation.")
-    ] = "uniproc"
+        Literal["auto", "multiprocess", "uniproc", "simulated"],
+        Meta(
+            description="What computes: the model in a process of its own, in the engine's, or a simulation. "
+            "auto: multiprocess if there is a GPU, else uniproc."
+        ),
+    ] = "auto"
+    device: Annotated[
+        str, Meta(pattern="^(auto|cpu|cuda(:[0-9]+)?)$", description="Where: auto, cpu, cuda or cuda:N.")
+    ] = "auto"
+    load_format: Annotated[
+        Literal["safetensors", "dummy"],
+        Meta(description="dummy: weights are drawn instead of read, for measurements; config.json will do."),
+    ] = "safetensors"
     policy: Annotated[Literal["fcfs"], Meta(description="Who is admitted first and who gives way.")] = "fcfs"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], Meta(description="Type of weights and cache; auto: the checkpoint's.")
     ] = "auto"
     block_tokens: Annotated[int, Meta(ge=1, le=4096, description="Tokens of a KV block.")] = 64
     num_blocks: Annotated[
-        Count | None, Meta(description="KV blocks. None: as many as kv_cache_mib holds and can be used.")
+        Count | None, Meta(description="KV blocks. None: as many as there is memory for and can be used.")
     ] = None
-    kv_cache_mib: Annotated[int, Meta(ge=1, description="Memory for KV blocks, in MiB.")] = 1024
-    max_sequences: Annotated[int, Meta(ge=1, le=65536, description="Sequences that run at once.")] = 64
-    max_step_tokens: Annotated[int, Meta(ge=1, description="Most tokens that one step computes.")] = 512
+    kv_cache_mib: Annotated[
+        Count | None,
+        Meta(description="Memory for KV blocks, in MiB. None: 1024 on a CPU, what is left on a GPU."),
+    ] = None
+    gpu_memory_utilization: Annotated[
+        float, Meta(gt=0, le=1, description="Share of a GPU's memory that may be taken in all.")
+    ] = 0.9
+    cuda_graphs: Annotated[bool, Meta(description="Replay decode steps on a GPU from CUDA graphs.")] = True
+    step_timeout: Annotated[
+        float, Meta(gt=0, description="Multiprocess executor: seconds for a step; then the worker is replaced.")
+    ] = 30.0
+    max_sequences: Annotated[
+        Annotated[int, Meta(ge=1, le=65536)] | None,
+        Meta(description="Sequences that run at once. None: 64 on a CPU, 256 on a GPU."),
+    ] = None
+    max_step_tokens: Annotated[
+        Count | None, Meta(description="Most tokens that one step computes. None: 512 on a CPU, 2048 on a GPU.")
+    ] = None
     max_model_tokens: Annotated[
         Count | None, Meta(description="Most tokens of prompt and output together. None: the model's own limit.")
     ] = None
@@ -103,25 +130,42 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
         """What requests call the model."""
         return self.served_model_name or self.model.resolve().name
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the model will be on a GPU."""
+        return self.device != "cpu" and self.executor != "simulated" and has_gpu()
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that run at once."""
+        return self.max_sequences or (256 if self.on_gpu else 64)
+
     def engine_spec(self) -> EngineSpec:
         """What of this the engine is to know."""
+        gpu = self.on_gpu
+        executor = self.executor if self.executor != "auto" else "multiprocess" if gpu else "uniproc"
         model = ModelSpec(
             path=str(self.model),
+            load_format=self.load_format,
+            device=self.device,
             dtype=self.dtype,
-            max_sequences=self.max_sequences,
-            max_step_tokens=self.max_step_tokens,
+            max_sequences=self.sequences,
+            max_step_tokens=self.max_step_tokens or (2048 if gpu else 512),
             max_model_tokens=self.max_model_tokens,
             block_tokens=self.block_tokens,
             num_blocks=self.num_blocks,
-            kv_cache_bytes=self.kv_cache_mib * MIB,
+            kv_cache_bytes=None if self.kv_cache_mib is None else self.kv_cache_mib * MIB,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            cuda_graphs=self.cuda_graphs,
             plans_in_flight=self.plans_in_flight,
             threads=self.threads,
             step_us=self.step_us,
             vocab_size=self.vocab_size,
         )
         return EngineSpec(
-            executor=self.executor,
+            executor=executor,
             model=model,
+            step_timeout_s=self.step_timeout,
             policy=self.policy,
             log_level=self.log_level,
             traced_step_every=self.traced_step_every,

@@ -25,7 +25,7 @@ class ReplicaStatus:
         self.info: ModelInfo | None = None
         """None until the engine has started."""
         self.limits: ModelLimits | None = None
-        self.load = events.Load(0, 0, 0, 0, config.max_sequences, 0, 0, 0, 0, 0, 0)
+        self.load = events.Load(0, 0, 0, 0, config.sequences, 0, 0, 0, 0, 0, 0)
         """The engine's latest report."""
 
     @property

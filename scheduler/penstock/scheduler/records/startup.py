@@ -12,10 +12,12 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     """How the engine works."""
 
     executor: str
-    """"uniproc" or "simulated"."""
+    """"multiprocess", "uniproc" or "simulated"."""
     model: ModelSpec
     policy: str = "fcfs"
     log_level: str = "info"
+    step_timeout_s: float = 30.0
+    """Multiprocess executor: a worker that leaves a plan unanswered for so long is replaced."""
     traced_step_every: int = 16
     """One step in so many is told as a StepSpan, if a traced sequence is in it."""
 
