@@ -3,8 +3,10 @@
 import ctypes
 import json
 import os
+import select
 import signal
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Final
 
@@ -23,6 +25,26 @@ def die_with_parent(parent_pid: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         sys.exit(1)
+
+
+def exit_with_parent(parent_pid: int) -> None:
+    """End this process when its parent ends, by a thread that waits for that (pidfd_open(2); Linux).
+
+    For a process that is started by a thread that ends before its parent does: the kernel would take the end of that
+    thread for the parent's (:func:`die_with_parent`). If the parent has ended already, this process exits.
+    """
+    try:
+        parent = os.pidfd_open(parent_pid)
+    except ProcessLookupError:
+        sys.exit(1)
+    if os.getppid() != parent_pid:
+        sys.exit(1)
+
+    def watch() -> None:
+        select.select([parent], [], [])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def set_process_name(name: str) -> None:

@@ -28,7 +28,7 @@ class Executor(Protocol):
         ...
 
     def restart(self, progress: Progress) -> ModelInfo:
-        """After WorkerLost: load the model again, with empty slots. Blocks. Raises ExecutorError."""
+        """After WorkerLost: load the model again, with empty slots. Blocks. Raises WorkerLost if that fails, too."""
         ...
 
     def submit(self, plan: StepPlan) -> None:

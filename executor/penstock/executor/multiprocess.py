@@ -101,11 +101,14 @@ class MultiprocessExecutor:
         return self._start(progress)
 
     def restart(self, progress: Progress) -> ModelInfo:
-        """Start another worker in place of the one that is lost."""
+        """Start another worker in place of the one that is lost. Raises WorkerLost if it does not start either."""
         if self._spec is None:
             raise ExecutorError("the executor has not been started")
         self._close_worker()
-        return self._start(progress)
+        try:
+            return self._start(progress)
+        except ExecutorError as error:
+            raise WorkerLost(str(error)) from error
 
     def _start(self, progress: Progress) -> ModelInfo:
         assert self._spec is not None

@@ -32,9 +32,16 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     grpc_address: Annotated[str, Meta(description="Where the service listens; port 0 takes a free one.")] = (
         "127.0.0.1:50051"
     )
+    service_processes: Annotated[
+        int, Meta(ge=1, le=64, description="Service processes that share the port; connections are spread over them.")
+    ] = 1
     executor: Annotated[
-        Literal["uniproc", "simulated"], Meta(description="What computes: the model on this CPU, or a simulation.")
-    ] = "uniproc"
+        Literal["auto", "multiprocess", "uniproc", "simulated"],
+        Meta(
+            description="What computes: the model in a process of its own, in the engine's, or a simulation. "
+            "auto: multiprocess if there is a GPU, else uniproc."
+        ),
+    ] = "auto"
     start_timeout: Annotated[float, Meta(gt=0, description="Seconds until the model must be ready.")] = 300.0
     drain_grace: Annotated[float, Meta(ge=0, description="Seconds that running requests get at the end.")] = 10.0
     log_level: Annotated[
@@ -80,7 +87,7 @@ def layout_of(config: ServeConfig) -> Layout:
     return Layout(
         grpc_address=config.grpc_address,
         scheduler_argv=("--model", str(model_dir), "--executor", config.executor, *shared),
-        service_argv=shared,
+        service_argv=("--service-processes", str(config.service_processes), *shared),
         start_timeout_s=config.start_timeout,
         drain_grace_s=config.drain_grace,
         api_key=own_key(os.environ),

@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from penstock.config.process import die_with_parent, set_process_name
+from penstock.config.process import exit_with_parent, set_process_name
 from penstock.executor.executor import ExecutorError
 from penstock.executor.models.errors import one_line
 from penstock.executor.ring import RingHandle, RingReader, RingWriter
@@ -87,7 +87,7 @@ def serve(arguments: WorkerArguments, link: Link) -> None:
 def main() -> int:
     """Run the worker; 0 after it was told to end, 1 if it cannot go on (the executor has the reason)."""
     arguments = WorkerArguments.parse(sys.argv[1])
-    die_with_parent(arguments.parent_pid)
+    exit_with_parent(arguments.parent_pid)
     set_process_name("penstock-worker")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the gate decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

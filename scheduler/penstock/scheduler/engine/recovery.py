@@ -40,16 +40,26 @@ class Recovery:
     def restart(self, lost: WorkerLost, idle: Callable[[], None], progress: Progress) -> None:
         """Start another worker; ``idle`` is called many times a second meanwhile.
 
-        Raises ExecutorError if it cannot be started, is another than it was, or was lost too often.
+        Raises ExecutorError if it is another than it was, or was lost too often: also one that is lost while it starts
+        is started again.
         """
+        began = time.monotonic()
+        info = None
+        while info is None:
+            self._count(lost)
+            try:
+                info = run_beside(lambda: self._executor.restart(progress), idle)
+            except WorkerLost as again:
+                lost = again
+        for name in _CONTRACT:
+            before, after = getattr(self._info, name), getattr(info, name)
+            if before != after:
+                raise ExecutorError(f"the worker came back with {name} {after}, it was {before}")
+        log.info("engine.recovered", seconds=round(time.monotonic() - began, 3))
+
+    def _count(self, lost: WorkerLost) -> None:
         now = time.monotonic()
         if len(self._losses) == MOST_LOSSES and now - self._losses[0] < WINDOW_S:
             raise ExecutorError(f"lost the worker {MOST_LOSSES + 1} times within {WINDOW_S / 60:.0f} minutes: {lost}")
         self._losses.append(now)
         log.error("engine.worker_lost", reason=str(lost))
-        info = run_beside(lambda: self._executor.restart(progress), idle)
-        for name in _CONTRACT:
-            before, after = getattr(self._info, name), getattr(info, name)
-            if before != after:
-                raise ExecutorError(f"the worker came back with {name} {after}, it was {before}")
-        log.info("engine.recovered", seconds=round(time.monotonic() - now, 3))
