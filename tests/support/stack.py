@@ -95,9 +95,7 @@ class Stack:
 @contextlib.contextmanager
 def scheduler(model: Path, **settings: object) -> Iterator[Role]:
     """A scheduler (gate and engine) of a model folder."""
-    role = Role(
-        "penstock.scheduler.gate.main", [str(model), *flags({"grpc_address": "127.0.0.1:0", **settings})]
-    )
+    role = Role("penstock.scheduler.gate.main", [str(model), *flags({"grpc_address": "127.0.0.1:0", **settings})])
     with role:
         yield role
 

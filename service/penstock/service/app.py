@@ -9,7 +9,7 @@ from typing import Final
 from penstock.rpc import reflection
 from penstock.rpc.channel import open_channel
 from penstock.rpc.health import OVERALL, Health
-from penstock.rpc.server import Server
+from penstock.rpc.server import BindError, Server
 from penstock.rpc.tls import channel_credentials, server_credentials
 from penstock.service import adapters, errors, generation, models
 from penstock.service.adapters import Adapters
@@ -32,6 +32,8 @@ NO_PROXY: Final = (("grpc.enable_http_proxy", 0),)
 """Schedulers are neighbours: http_proxy is not meant for them."""
 BLIP_SECONDS: Final = 0.5
 """For which health says nothing of a stream that is being replaced."""
+REACH_SECONDS: Final = 2.0
+"""For which a process that shares its port looks for a scheduler before it takes connections from the others."""
 CANCEL_SECONDS: Final = 0.2
 """For handlers that are cut off, for their cancels and for the last acknowledgements to reach the schedulers."""
 
@@ -83,6 +85,7 @@ class Service:
             credentials=credentials,
             on_error=_log_failure,
             max_message_bytes=config.max_message_bytes,
+            options=(("grpc.so_reuseport", int(config.reuse_port)),),
         )
         authenticator: Authenticator = ApiKeys(config.api_keys) if config.api_keys else OpenAccess()
         tracer = tracing.tracer("penstock.service")
@@ -96,8 +99,14 @@ class Service:
 
     async def start(self) -> str:
         """Listen and reach for the schedulers; returns the address. Raises `BindError`."""
-        address = await self._server.start()
         self._tasks = [asyncio.create_task(link.run(), name=f"link {link.address}") for link in self._links]
+        if self._config.reuse_port:
+            await self.fleet.reached(REACH_SECONDS)
+        try:
+            address = await self._server.start()
+        except BindError:
+            await self._end_links()
+            raise
         self._serving = True
         self._health.set(models.SERVICE, True)
         self._health.set(adapters.SERVICE, True)
@@ -119,11 +128,14 @@ class Service:
         if not finished:
             await asyncio.sleep(CANCEL_SECONDS)
         await self.fleet.settle(CANCEL_SECONDS)
+        await self._end_links()
+        self._pool.close()
+        log.info("service.ended")
+
+    async def _end_links(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._pool.close()
-        log.info("service.ended")
 
     async def failed(self) -> None:
         """Wait for what must never happen: a link's task that ends. Raises what it ended with."""

@@ -15,6 +15,13 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The settings of one service process. Raises `ValueError` for settings that contradict one another."""
 
     grpc_address: Annotated[str, Meta(description="Where to listen; port 0 takes a free one.")] = "127.0.0.1:50051"
+    service_processes: Annotated[
+        int,
+        Meta(ge=1, le=64, description="Processes that share the port. Limits, such as max_requests, are of each."),
+    ] = 1
+    reuse_port: Annotated[
+        bool, Meta(description="Share the port with other processes of this user that do so, too (SO_REUSEPORT).")
+    ] = False
     schedulers: Annotated[tuple[str, ...], Meta(description="Addresses of the schedulers.")] = ("127.0.0.1:50052",)
     api_keys: Annotated[
         tuple[str, ...],
@@ -63,6 +70,8 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True):
             _check_address("schedulers", address)
             require_secure(address, self.scheduler_ca, self.allow_plaintext)
         _check_address("grpc_address", self.grpc_address)
+        if self.grpc_address.startswith("unix") and (self.service_processes > 1 or self.reuse_port):
+            raise ValueError("grpc_address: processes can share a TCP port, not a Unix socket")
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key: give both or neither")
         if not self.api_keys and not is_loopback(self.grpc_address):

@@ -54,6 +54,13 @@ class Fleet:
         for link in self._links:
             link.interrupt(error)
 
+    async def reached(self, timeout_s: float) -> None:
+        """Wait until a scheduler takes attempts, at most so long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not self.usable:
+                    await self._changed.wait()
+
     async def settle(self, timeout_s: float) -> None:
         """Wait until the schedulers were told of every end, at most so long: they keep what nobody acknowledged."""
         with suppress(TimeoutError):

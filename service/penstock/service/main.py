@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from penstock.config import ConfigError, load, run_or_exit
 from penstock.config.process import check_ready_fd, die_with_parent, report_ready, set_process_name
 from penstock.rpc.server import BindError
+from penstock.service import processes
 from penstock.service.app import Service
 from penstock.service.config import ServiceConfig
 from penstock.telemetry import logging, tracing
@@ -26,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         die_with_parent(config.parent_pid)
     set_process_name("penstock-service")
     logging.configure("service", config.log_level)
+    if config.service_processes > 1:
+        return asyncio.run(processes.serve(config))
     try:
         spans = tracing.configure("service", endpoint=config.otlp_endpoint, sample_ratio=config.trace_sample_ratio)
     except ValueError as error:
