@@ -19,6 +19,7 @@ _COMMANDS: Mapping[str, str] = MappingProxyType(
         "generate": "penstock.local.generate",
         "trace": "penstock.local.trace",
         "demo": "penstock.local.demo",
+        "bench": "penstock.local.measure.main",
     }
 )
 
@@ -30,6 +31,7 @@ commands:
   generate TEXT       stream one completion to the terminal
   trace [TRACE_ID]    draw a request's trace, the latest without an id
   demo                serve, generate, trace and stop, in one go
+  bench throughput    how fast a model is here, and how fast it could be; also: bench latency
   service             start one service
   scheduler           start one scheduler with its engine
 

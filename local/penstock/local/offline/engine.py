@@ -1,0 +1,342 @@
+"""The engine, step by step, in the caller's process: the scheduler's core and an executor, nothing between them.
+
+Unlike the engine of a scheduler it plans as early as it can: nobody arrives unless the caller adds a request.
+"""
+
+import random
+import select
+import time
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Self
+
+from penstock.config.gpu import has_gpu
+from penstock.executor.executor import Executor, ExecutorError, Progress, WorkerLost
+from penstock.executor.models.progress import ProgressBar
+from penstock.executor.step import ModelInfo, ModelSpec, unpack_u32
+from penstock.local.offline.outputs import CompletionOutput, FinishReason, RequestOutput
+from penstock.local.offline.params import SamplingParams
+from penstock.scheduler.core.planner import Core
+from penstock.scheduler.core.policies.fcfs import FirstComeFirstServed
+from penstock.scheduler.records.commands import Submit, SubmitSample
+from penstock.scheduler.records.events import Finish, Finished, Step
+from penstock.service.text.encode import Tokenizer
+from penstock.service.text.errors import TextError
+from penstock.service.text.files import TokenizerFiles
+from penstock.service.text.stop import StopStrings
+from penstock.service.text.stream import Delta, OutputText
+
+MOST_RESTARTS: Final = 5
+_LOOK_S: Final = 1.0
+_REASONS: Final[dict[int, FinishReason]] = {
+    Finish.STOP: "stop",
+    Finish.LENGTH: "length",
+    Finish.FAILED: "error",
+}
+
+
+class _Sample:
+    """One sequence: the output so far, and its text."""
+
+    __slots__ = ("ids", "output", "request", "stops", "text", "unread")
+
+    def __init__(self, request: RequestOutput, output: CompletionOutput, text: OutputText | None, stops: bool) -> None:
+        self.request, self.output, self.text, self.stops = request, output, text, stops
+        self.ids = array("I")
+        self.unread = 0
+        """Ids whose text is not read yet, counted from the first of them."""
+
+    def read(self) -> bool:
+        """Bring text and token ids up to date; whether a stop text was found."""
+        output, fresh = self.output, self.ids[self.unread :]
+        self.unread = len(self.ids)
+        if self.text is None:
+            output.token_ids += fresh
+            return False
+        delta = self.text.feed(fresh)
+        self._take(delta)
+        return delta.stopped
+
+    def _take(self, delta: Delta) -> None:
+        output = self.output
+        output.text += delta.text
+        known = len(output.token_ids)
+        output.token_ids += self.ids[known : known + delta.token_count]
+
+    def end(self, finished: Finished) -> None:
+        """The core is done with it."""
+        self.read()
+        if self.text is not None:
+            self._take(self.text.finish())
+        stop = self.text.stop if self.text is not None else None
+        self.output.stop_reason = stop
+        self.output.finish_reason = "stop" if stop is not None else _REASONS.get(finished.reason, "abort")
+        self.output.error = finished.detail or None
+
+
+class LLMEngine:
+    """Requests in, steps, outputs out. Not thread-safe; close it, or use it in a ``with``."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        executor: str = "auto",
+        device: str = "auto",
+        dtype: str = "auto",
+        load_format: str = "safetensors",
+        max_sequences: int | None = None,
+        max_step_tokens: int | None = None,
+        max_model_tokens: int | None = None,
+        block_tokens: int = 64,
+        num_blocks: int | None = None,
+        kv_cache_bytes: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        cuda_graphs: bool = True,
+        threads: int | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> None:
+        """Load the model of a local folder.
+
+        ``executor``: "uniproc" (the model in this process), "multiprocess" (in one of its own), "simulated", or "auto":
+        multiprocess if there is a GPU. None: 64 sequences and steps of 512 tokens on a CPU, 256 and 8,192 on a GPU.
+        ``seed``: of the seeds that requests do not bring. Raises ExecutorError with one line if it cannot be loaded.
+        """
+        gpu = device != "cpu" and executor != "simulated" and has_gpu()
+        spec = ModelSpec(
+            path=str(model),
+            load_format=load_format,
+            device=device,
+            dtype=dtype,
+            max_sequences=max_sequences or (256 if gpu else 64),
+            max_step_tokens=max_step_tokens or (8192 if gpu else 512),
+            max_model_tokens=max_model_tokens,
+            block_tokens=block_tokens,
+            num_blocks=num_blocks,
+            kv_cache_bytes=kv_cache_bytes,
+            gpu_memory_utilization=gpu_memory_utilization,
+            cuda_graphs=cuda_graphs,
+            plans_in_flight=2,
+            threads=threads,
+        )
+        self.tokenizer = _read_tokenizer(Path(model))
+        """None: the folder has none, and prompts must be token ids."""
+        self._progress: Progress = ProgressBar() if progress else lambda stage, done, total: None
+        self._seeds = random.Random(seed)
+        self._executor = create_executor(executor if executor != "auto" else "multiprocess" if gpu else "uniproc")
+        try:
+            self.info: ModelInfo = self._executor.start(spec, self._progress)
+            self._core = Core(self.info, FirstComeFirstServed(), traced_step_every=1 << 30)
+        except BaseException:
+            self._executor.shutdown()
+            raise
+        self._samples: dict[int, _Sample] = {}
+        self._requests: dict[str, list[int]] = {}
+        """The handles of each request that has not ended."""
+        self._handles = 0
+        self._restarts = 0
+
+    # ---- requests ----
+
+    def add_request(
+        self, request_id: str, prompt: str | Sequence[int], params: SamplingParams | None = None
+    ) -> RequestOutput:
+        """Queue a request; its output fills up with the steps.
+
+        Raises ValueError for an id that is taken, for text where there is no tokenizer, and for a prompt that does not
+        fit.
+        """
+        params = params or SamplingParams()
+        if request_id in self._requests:
+            raise ValueError(f"request {request_id!r} is there already")
+        ids = self._encode(prompt)
+        texts = [self._text(ids, params) for _ in range(params.n)]
+        request = RequestOutput(
+            request_id,
+            prompt if isinstance(prompt, str) else None,
+            ids.tolist(),
+            [CompletionOutput(index) for index in range(params.n)],
+        )
+        first = self._handles + 1
+        handles = list(range(first, first + params.n))
+        seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
+        self._core.submit(
+            Submit(
+                tuple(SubmitSample(handle, index, seed) for index, handle in enumerate(handles)),
+                ids.tobytes(),
+                params.sampling(),
+                self._max_tokens(len(ids), params),
+                time.monotonic_ns(),
+                params.min_tokens,
+                params.stop_ids(),
+                params.ignore_eos,
+            )
+        )
+        self._handles += params.n
+        self._requests[request_id] = handles
+        for handle, output, text in zip(handles, request.outputs, texts, strict=True):
+            self._samples[handle] = _Sample(request, output, text, bool(params.stop))
+        return request
+
+    def _encode(self, prompt: str | Sequence[int]) -> "array[int]":
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("the model has no tokenizer: give the prompt as token ids")
+            ids: array[int] = self.tokenizer.encode(prompt)
+        else:
+            try:
+                ids = array("I", prompt)
+            except (TypeError, OverflowError) as error:
+                raise ValueError(f"a prompt must be text or token ids: {error}") from error
+        room = self.info.max_model_tokens
+        if not 1 <= len(ids) < room:
+            raise ValueError(f"a prompt of {len(ids)} tokens; it must have at least 1 and fewer than {room}")
+        if max(ids) >= self.info.vocab_size:
+            raise ValueError(f"token id {max(ids)} is outside the vocabulary of {self.info.vocab_size}")
+        return ids
+
+    def _max_tokens(self, prompt: int, params: SamplingParams) -> int:
+        room = self.info.max_model_tokens - prompt
+        return room if params.max_tokens is None else min(params.max_tokens, room)
+
+    def _text(self, ids: "array[int]", params: SamplingParams) -> OutputText | None:
+        if self.tokenizer is None:
+            if params.stop:
+                raise ValueError("the model has no tokenizer: stop texts cannot be found")
+            return None
+        return OutputText(self.tokenizer.detokenizer(ids), StopStrings(params.stop) if params.stop else None)
+
+    def abort_request(self, request_id: str) -> None:
+        """End a request; an unknown one is ignored."""
+        for handle in self._requests.get(request_id, ()):
+            self._core.cancel(handle, time.monotonic_ns())
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether a step has anything to do."""
+        return bool(self._samples)
+
+    # ---- steps ----
+
+    def step(self) -> list[RequestOutput]:
+        """Go on by at least one result; returns the requests that have something new, up to date.
+
+        Raises ExecutorError if the executor cannot go on.
+        """
+        changed: dict[str, RequestOutput] = {}
+        for sample in self.turn():
+            sample.read()
+            changed[sample.request.request_id] = sample.request
+        return list(changed.values())
+
+    def turn(self) -> "list[_Sample]":
+        """One turn without reading texts but where stop texts are looked for; the samples that have something new."""
+        try:
+            self._submit_plans()
+            if self._core.in_flight:
+                self._absorb()
+        except WorkerLost as lost:
+            self._recover(lost)
+        record = self._core.take_output()
+        return [] if record is None else self._deliver(record)
+
+    def _submit_plans(self) -> None:
+        core = self._core
+        while core.has_work and core.in_flight < self.info.plans_in_flight:
+            plan = core.plan(time.monotonic_ns())
+            if plan is None:
+                return
+            self._executor.submit(plan)
+
+    def _absorb(self) -> None:
+        """Wait for a result, and take in all that are there."""
+        while True:
+            select.select([self._executor.fileno()], [], [], _LOOK_S)
+            results = self._executor.results()
+            if results:
+                break
+            self._executor.check_health()
+        now = time.monotonic_ns()
+        for result in results:
+            self._core.absorb(result, now)
+
+    def _deliver(self, record: Step) -> "list[_Sample]":
+        ids, start, changed = unpack_u32(record.ids), 0, []
+        for handle, count in zip(unpack_u32(record.handles), record.counts, strict=True):
+            sample = self._samples[handle]
+            sample.ids += ids[start : start + count]
+            start += count
+            changed.append(sample)
+            if sample.stops and sample.output.finish_reason is None and sample.read():
+                self._core.cancel(handle, time.monotonic_ns())
+        for finished in record.finished:
+            changed.append(self._end(finished))
+        return changed
+
+    def _end(self, finished: Finished) -> _Sample:
+        sample = self._samples.pop(finished.handle)
+        sample.end(finished)
+        request, arrival = sample.request, finished.arrival_ns
+        if finished.first_token_ns:
+            first = (finished.first_token_ns - arrival) / 1e9
+            request.first_token_s = first if request.first_token_s is None else min(first, request.first_token_s)
+        if request.finished:
+            request.finished_s = (finished.finished_ns - arrival) / 1e9
+            del self._requests[request.request_id]
+        return sample
+
+    def _recover(self, lost: WorkerLost) -> None:
+        """Begin a new epoch with another worker. Raises ExecutorError if that happens too often."""
+        self._core.lose_epoch(time.monotonic_ns())
+        while True:
+            self._restarts += 1
+            if self._restarts > MOST_RESTARTS:
+                raise ExecutorError(f"lost the worker {self._restarts} times: {lost}")
+            try:
+                self._executor.restart(self._progress)
+            except WorkerLost as again:
+                lost = again
+            else:
+                return
+
+    # ---- end ----
+
+    def close(self) -> None:
+        """End the executor. Idempotent."""
+        self._executor.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def create_executor(name: str) -> Executor:
+    """The executor of that name. Raises ValueError for an unknown one."""
+    match name:
+        case "uniproc":
+            from penstock.executor.uniproc import UniprocExecutor
+
+            return UniprocExecutor()
+        case "multiprocess":
+            from penstock.executor.multiprocess import MultiprocessExecutor
+
+            return MultiprocessExecutor(log_level="warning")
+        case "simulated":
+            from penstock.executor.simulated import SimulatedExecutor
+
+            return SimulatedExecutor()
+        case _:
+            raise ValueError(f"executor {name!r} is not known: auto, uniproc, multiprocess or simulated")
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer | None:
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    try:
+        return Tokenizer(TokenizerFiles.from_directory(folder))
+    except TextError as error:
+        raise ExecutorError(f"{folder}: {error}") from error
