@@ -11,11 +11,11 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 RELEASED := proto/released.binpb
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-long lint lint-code lint-proto proto bench clean
+.PHONY: help venv demo test test-long test-gpu lint lint-code lint-proto proto bench clean
 
 help:
 	@echo "make demo       stream one completion through every role and draw its trace"
-	@echo "make test       the tests; make test-long: those that take longer, too"
+	@echo "make test       the tests; make test-long: those that take longer, too; make test-gpu: those for a GPU"
 	@echo "make lint       ruff, mypy, import-linter, buf, generated code"
 	@echo "make venv       .venv with all that development needs"
 	@echo "make proto      generate the messages anew"
@@ -45,9 +45,15 @@ demo: $(VENV)/.runs
 
 test: $(VENV)/.develops
 	@$(BIN)/python -m pytest -m "not gpu and not long"
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu and not long" tests/kernels
 
 test-long: $(VENV)/.develops
 	@$(BIN)/python -m pytest -m "not gpu"
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" tests/kernels
+
+# On a machine with an NVIDIA GPU; PENSTOCK_SOAK_SECONDS=240 makes the soak as long as a release is held to.
+test-gpu: $(VENV)/.develops
+	@$(BIN)/python -m pytest -m gpu
 
 lint: lint-code lint-proto
 
@@ -65,7 +71,8 @@ proto: $(VENV)/.develops
 	@$(BIN)/python tools/generate_messages.py
 
 bench: $(VENV)/.develops
-	@for script in $$(grep -l __main__ bench/*.py); do echo "$$script" && $(BIN)/python "$$script" || exit 1; done
+	@for name in engine_step engine_memory link served codec; do \
+	  echo "bench/$$name.py" && $(BIN)/python bench/$$name.py || exit 1; done
 	@$(BIN)/python tools/performance_table.py
 
 clean:

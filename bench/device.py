@@ -215,7 +215,7 @@ def profile_mixed(engine: Engine, arguments: argparse.Namespace) -> dict[str, An
 
 def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
     """256 requests, prompts and outputs of 100 to 1024 tokens drawn from seed 0, all at once."""
-    engine = Engine(spec_of(arguments, max_step_tokens=arguments.step_tokens))
+    engine = Engine(spec_of(arguments, max_step_tokens=arguments.step_tokens, max_sequences=arguments.sequences))
     random.seed(0)
     prompts = [[random.randint(0, 10_000) for _ in range(random.randint(100, 1024))] for _ in range(256)]
     lengths = [random.randint(100, 1024) for _ in range(256)]
@@ -260,6 +260,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=600)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--step-tokens", type=int, default=8192)
+    parser.add_argument("--sequences", type=int, default=256, help="at once, for throughput")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--trace", type=Path, help="where the profile of the mixed steps goes")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("betterproto2", "grpcio", "msgspec", "numpy", "protobuf", "tokenizers", "torch")
+_PACKAGES = ("betterproto2", "grpcio", "msgspec", "numpy", "protobuf", "tokenizers", "torch", "triton")
 
 
 def environment() -> dict[str, Any]:
@@ -20,10 +20,11 @@ def environment() -> dict[str, Any]:
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "cpu": _cpu(),
         "cores": os.cpu_count(),
+        "gpu": _gpu(),
         "kernel": platform.release(),
         "python": sys.version.split()[0],
         "packages": {name: _version(name) for name in _PACKAGES},
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": os.environ.get("PENSTOCK_COMMIT") or _git("rev-parse", "HEAD"),
         "uncommitted": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/bench/results")),
     }
 
@@ -47,6 +48,16 @@ def _cpu() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor()
+
+
+def _gpu() -> str | None:
+    """Name, driver and power limit of the first GPU; None: there is none."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 else None
 
 
 def _version(name: str) -> str | None:

@@ -115,6 +115,26 @@ def test_wrong_arguments_are_all_named() -> None:
         assert f"{name}: " in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_tokens": 2.5},
+        {"seed": 1.5},
+        {"n": True},
+        {"top_k": 1.5},
+        {"temperature": "x"},
+        {"temperature": float("nan")},
+        {"stop": 5},
+        {"stop_token_ids": 5},
+        {"stop_token_ids": [-1]},
+        {"min_tokens": 9, "max_tokens": 3},
+    ],
+)
+def test_what_is_of_the_wrong_kind_is_named(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        SamplingParams(**wrong)  # type: ignore[arg-type]
+
+
 def test_params_must_be_as_many_as_prompts(llm: LLM) -> None:
     with pytest.raises(ValueError, match="2 prompts and 1 params"):
         llm.generate([[1], [2]], [SamplingParams()], progress=False)

@@ -8,10 +8,10 @@ import pytest
 from penstock.config import ConfigError
 from penstock.executor.models.config import ModelConfig, RopeConfig
 from penstock.local import embedded
+from penstock.local.main import run
 from penstock.local.measure.ceilings import Ceilings
 from penstock.local.measure.floor import Cost
 from penstock.local.measure.main import BenchConfig, draw_work
-from penstock.local.main import run
 
 SMALL = ["--device", "cpu", "--no-progress", "--repeats", "1"]
 LLAMA_8B = ModelConfig(
@@ -75,6 +75,11 @@ def test_throughput(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 < result["tokens_s"] < result["floor_tokens_s"]
     assert result["versions"]["torch"]
     assert "output tokens/s (median of 1); floor of the work" in capsys.readouterr().out
+
+
+def test_work_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the model has room for"):
+        run(["bench", "throughput", str(embedded.path()), *SMALL, "--prompt-tokens", "2000", "--output-tokens", "2000"])
 
 
 def test_latency(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -11,7 +12,7 @@ from msgspec import Meta
 
 from penstock.config import ConfigError, load
 from penstock.local import state
-from penstock.local.traces import query
+from penstock.local.traces import page, query
 
 _DESCRIPTION = "Draw the trace of a request: who called whom, in which process, when and for how long."
 _TRACE_ID = re.compile("[0-9a-f]{32}")
@@ -24,6 +25,7 @@ class TraceConfig(msgspec.Struct, frozen=True, kw_only=True):
     receiver: Annotated[
         str | None, Meta(description="HOST:PORT of a trace receiver. None: the running `penstock serve`.")
     ] = None
+    html: Annotated[Path | None, Meta(description="Write it to this file as a page, instead.")] = None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,7 +37,10 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"TRACE_ID: expected 32 hexadecimal digits, got {config.trace_id!r}")
     address = config.receiver or state.find(state.state_path(), flag="--receiver").trace_address
     try:
-        query.show(address, trace_id, sys.stdout)
+        if config.html is None:
+            query.show(address, trace_id, sys.stdout)
+        else:
+            config.html.write_text(page.render(query.fetch(address, trace_id)), encoding="utf-8")
     except (query.TraceNotFound, query.ReceiverUnavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -58,8 +58,10 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def measure(name: str) -> Ceilings:
-    """Measure on this device: "auto", "cpu" or "cuda"."""
-    device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    """Measure on this device: "auto", "cpu", "cuda" or "cuda:N"."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
     elements, rows, size = _SIZES[device.type]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     source = torch.randn(elements, dtype=dtype, device=device)

@@ -142,7 +142,7 @@ def throughput(
     llm: LLM, config: BenchConfig, prompts: list[list[int]], outputs: list[int], cost: Cost, ceilings: Ceilings
 ) -> Figures:
     """All requests at once, several times over."""
-    prompts = _within(prompts, llm)
+    prompts = _within(prompts, outputs, llm)
     params = [SamplingParams(temperature=config.temperature, max_tokens=most, ignore_eos=True) for most in outputs]
     samples = []
     for number in range(config.repeats + 1):
@@ -165,7 +165,7 @@ def latency(
     llm: LLM, config: BenchConfig, prompts: list[list[int]], outputs: list[int], cost: Cost, ceilings: Ceilings
 ) -> Figures:
     """One batch, token by token, as the host sees them."""
-    prompts = _within(prompts, llm)
+    prompts = _within(prompts, outputs, llm)
     runs = [_latency_run(llm, config, prompts, outputs, number) for number in range(config.repeats + 1)][1:]
     gaps = sorted(gap for run in runs for gap in run["gaps_ms"])
     lengths = [len(prompt) for prompt in prompts]
@@ -208,8 +208,15 @@ def _latency_run(llm: LLM, config: BenchConfig, prompts: list[list[int]], output
     }
 
 
-def _within(prompts: list[list[int]], llm: LLM) -> list[list[int]]:
-    """The same prompts for a vocabulary that is smaller than the ids that were drawn."""
+def _within(prompts: list[list[int]], outputs: list[int], llm: LLM) -> list[list[int]]:
+    """The same prompts for a vocabulary that is smaller than the ids that were drawn.
+
+    Raises ConfigError for work that the model has no room for: it would be cut, and the figures with it.
+    """
+    longest = max(len(prompt) + most for prompt, most in zip(prompts, outputs, strict=True))
+    if longest > llm.engine.info.max_model_tokens:
+        room = llm.engine.info.max_model_tokens
+        raise ConfigError(f"prompt_tokens and output_tokens: {longest} together, the model has room for {room}")
     size = llm.engine.info.vocab_size
     return prompts if size > _MAX_ID else [[token % size for token in prompt] for prompt in prompts]
 

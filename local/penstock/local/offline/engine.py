@@ -29,6 +29,10 @@ from penstock.service.text.stream import Delta, OutputText
 
 MOST_RESTARTS: Final = 5
 _LOOK_S: Final = 1.0
+_STEP_S: Final = 600.0
+"""For one step, kernels that are compiled for it included."""
+_BURST_NS: Final = 2_000_000
+"""Device time of a burst."""
 _REASONS: Final[dict[int, FinishReason]] = {
     Finish.STOP: "stop",
     Finish.LENGTH: "length",
@@ -110,8 +114,8 @@ class LLMEngine:
             load_format=load_format,
             device=device,
             dtype=dtype,
-            max_sequences=max_sequences or (256 if gpu else 64),
-            max_step_tokens=max_step_tokens or (8192 if gpu else 512),
+            max_sequences=(256 if gpu else 64) if max_sequences is None else max_sequences,
+            max_step_tokens=(8192 if gpu else 512) if max_step_tokens is None else max_step_tokens,
             max_model_tokens=max_model_tokens,
             block_tokens=block_tokens,
             num_blocks=num_blocks,
@@ -137,6 +141,8 @@ class LLMEngine:
         """The handles of each request that has not ended."""
         self._handles = 0
         self._restarts = 0
+        self._step_ns = 0
+        """Device time of the last step."""
 
     # ---- requests ----
 
@@ -245,14 +251,21 @@ class LLMEngine:
     def _submit_plans(self) -> None:
         core = self._core
         while core.has_work and core.in_flight < self.info.plans_in_flight:
-            plan = core.plan(time.monotonic_ns())
+            plan = core.plan(time.monotonic_ns(), self._max_repeat())
             if plan is None:
                 return
             self._executor.submit(plan)
 
+    def _max_repeat(self) -> int:
+        """How many steps like the last one make a burst."""
+        return max(1, min(self.info.max_repeat, _BURST_NS // self._step_ns)) if self._step_ns else 1
+
     def _absorb(self) -> None:
-        """Wait for a result, and take in all that are there."""
+        """Wait for a result, and take in all that are there. Raises ExecutorError if none comes."""
+        give_up = time.monotonic() + _STEP_S
         while True:
+            if time.monotonic() > give_up:
+                raise ExecutorError(f"no result within {_STEP_S:.0f} s")
             select.select([self._executor.fileno()], [], [], _LOOK_S)
             results = self._executor.results()
             if results:
@@ -260,7 +273,8 @@ class LLMEngine:
             self._executor.check_health()
         now = time.monotonic_ns()
         for result in results:
-            self._core.absorb(result, now)
+            flight = self._core.absorb(result, now)
+            self._step_ns = result.device_ns // flight.repeat if flight else 0
 
     def _deliver(self, record: Step) -> "list[_Sample]":
         ids, start, changed = unpack_u32(record.ids), 0, []

@@ -1,0 +1,315 @@
+"""What paged attention reaches: ``python bench/kernels/attention.py [decode] [prefill] [tune] [--out FILE]``.
+
+``decode``: bytes of keys and values read a second, with the cut of the table, and their share of what a copy moves.
+``prefill``: multiplications a second, counting what a causal row sees, and their share of a large product's.
+``tune``: the best cut of decode for each batch; none counts whose result is wrong. Ends after ``--seconds``.
+
+Block tables are shuffled. Layers take turns, so that none is in the L2 cache. A configuration that fails is reported
+and skipped. One JSON line a figure; times are medians of replays of CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from penstock.kernels.attention.decode import paged_decode_attention_reference
+from penstock.kernels.attention.decode_shapes import CUTS, DecodeShape, Spread, decode_shape
+from penstock.kernels.attention.prefill import paged_prefill_attention, paged_prefill_attention_reference
+
+HEADS = {"qwen3-0.6b": 16, "llama-8b": 32}
+"""Query heads; both have eight key/value heads of 128."""
+KV_HEADS, HEAD_DIM, BLOCK_TOKENS = 8, 128, 64
+ROWS = (1, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256)
+LENGTHS = (850, 2048, 8192)
+PREFILLS = {"8 x 1024": [(0, 1024)] * 8, "1 x 8192": [(0, 8192)], "4 x 512 over 4096": [(4096, 512)] * 4}
+"""(cached tokens, rows) of each sequence."""
+TUNED_ROWS = (1, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+TILES = ((32, 4, 2), (64, 3, 2), (64, 2, 2), (32, 6, 2), (32, 3, 2), (64, 4, 4), (64, 3, 4), (32, 3, 1))
+"""Tokens, stages, warps."""
+SPLITS = ((1, 64), (2, 128), (4, 128), (8, 128), (16, 128), (32, 64), (16, 256))
+"""Most chunks, tokens of a chunk at least."""
+ROTATED_BYTES = 512 * 2**20
+"""Keys and values that take turns: ten times the L2 cache."""
+MOST_LAYERS = 28
+WIDTH = 160
+"""Of block tables."""
+BOUND = 0.02
+"""Of the relative error of what is measured."""
+REPEATS, REPLAYS = 5, 2
+
+Report = Callable[..., None]
+
+
+def graph_s(work: Callable[[], object]) -> float:
+    """Median seconds of ``work`` replayed from a CUDA graph."""
+    work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    samples = []
+    for _ in range(REPEATS):
+        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        graph.replay()
+        begin.record()
+        for _ in range(REPLAYS):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end) / 1000 / REPLAYS)
+    return statistics.median(samples)
+
+
+def ceilings() -> tuple[float, float]:
+    """Bytes a second that a copy of 2 GiB reads and writes, FLOP a second of a large product."""
+    source = torch.randn(2**30, dtype=torch.bfloat16, device="cuda")
+    target = torch.empty_like(source)
+    moved = 2 * source.nbytes / graph_s(lambda: target.copy_(source))
+    square = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    return moved, 2 * 8192**3 / graph_s(lambda: torch.mm(square, square))
+
+
+class Pages:
+    """Keys and values of random numbers, enough for the largest case."""
+
+    def __init__(self, tokens: int) -> None:
+        """For so many tokens of one layer, or the same of several."""
+        rotated = ROTATED_BYTES // (4 * KV_HEADS * HEAD_DIM)
+        shape = (max(tokens, 2 * rotated) // BLOCK_TOKENS + 1024, BLOCK_TOKENS, KV_HEADS, HEAD_DIM)
+        self._keys, self._values = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+
+    def layers(self, blocks: int) -> list[tuple[Tensor, Tensor]]:
+        """As many layers of so many blocks as must take turns."""
+        bytes_ = blocks * 2 * self._keys[0].nbytes
+        count = min(MOST_LAYERS, -(-ROTATED_BYTES // bytes_), self._keys.shape[0] // blocks)
+        parts = [slice(layer * blocks, (layer + 1) * blocks) for layer in range(count)]
+        return [(self._keys[part], self._values[part]) for part in parts]
+
+
+def shuffled_tables(lengths: Sequence[int]) -> tuple[Tensor, int]:
+    """Block tables int32 [sequences, WIDTH] of sequences of these lengths, and how many blocks they take."""
+    counts = [-(-length // BLOCK_TOKENS) for length in lengths]
+    blocks = torch.randperm(sum(counts), device="cuda").int()
+    tables = torch.zeros(len(lengths), WIDTH, dtype=torch.int32, device="cuda")
+    for table, own in zip(tables, torch.split(blocks, counts), strict=True):  # type: ignore[no-untyped-call]
+        table[: len(own)] = own
+    return tables, len(blocks)
+
+
+def relative_error(out: Tensor, wanted: Tensor) -> float:
+    """Infinite where something was not computed."""
+    error = float((out.double() - wanted.double()).norm() / wanted.double().norm())
+    return error if error == error else float("inf")
+
+
+class WrongResult(RuntimeError):
+    """What was to be measured computes something else."""
+
+
+@dataclass(frozen=True)
+class Decode:
+    """One decode batch."""
+
+    query: Tensor
+    layers: list[tuple[Tensor, Tensor]]
+    tables: Tensor
+    contexts: Tensor
+    spread: Spread
+    layer_bytes: int
+    """Keys and values that one layer reads."""
+
+    @classmethod
+    def of(cls, pages: Pages, lengths: Sequence[int], heads: int) -> Decode:
+        tables, blocks = shuffled_tables(lengths)
+        query = torch.randn(len(lengths), heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+        contexts = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+        spread = Spread.of(max(lengths), sum(lengths), len(lengths))
+        return cls(query, pages.layers(blocks), tables, contexts, spread, sum(lengths) * 4 * KV_HEADS * HEAD_DIM)
+
+    @property
+    def shape(self) -> DecodeShape:
+        """The cut that the table has."""
+        return decode_shape(len(self.query), KV_HEADS, self.query.dtype, self.spread)
+
+    def measure(self, shape: DecodeShape) -> float:
+        """Bytes a second. Raises WrongResult."""
+        from penstock.kernels.attention.decode_kernel import paged_decode_attention_triton
+
+        rows = torch.arange(len(self.query), dtype=torch.int32, device="cuda")
+        out = torch.full_like(self.query, float("nan"))
+
+        def attend(layer: tuple[Tensor, Tensor]) -> None:
+            paged_decode_attention_triton(
+                self.query, *layer, self.tables, rows, self.contexts, HEAD_DIM**-0.5, out=out, shape=shape
+            )
+
+        attend(self.layers[0])
+        some = rows[:: max(1, len(rows) // 4)]
+        wanted = paged_decode_attention_reference(
+            self.query[some], *self.layers[0], self.tables, some, self.contexts[some], HEAD_DIM**-0.5
+        )
+        if not (relative_error(out[some], wanted) < BOUND and out.isfinite().all()):
+            raise WrongResult(f"{shape}: relative error {relative_error(out[some], wanted)}")
+        return self.layer_bytes * len(self.layers) / graph_s(lambda: [attend(layer) for layer in self.layers])
+
+
+def mixed_lengths(rows: int) -> list[int]:
+    """From 200 to 1500 tokens, longest first."""
+    source = random.Random(rows)
+    return sorted((source.randint(200, 1500) for _ in range(rows)), reverse=True)
+
+
+def skipping(report: Report, **what: object) -> Callable[[Callable[[], object]], None]:
+    """Runs one measurement; one that fails is reported."""
+    from triton.errors import TritonError
+
+    def run(measurement: Callable[[], object]) -> None:
+        try:
+            measurement()
+        except (RuntimeError, TritonError) as error:
+            report(**what, failed=f"{type(error).__name__}: {str(error)[:200]}")
+
+    return run
+
+
+def decode(pages: Pages, copied: float, report: Report) -> None:
+    """The table's cuts, at equal and at mixed lengths."""
+    for model, rows in itertools.product(HEADS, ROWS):
+        for name, lengths in [(str(length), [length] * rows) for length in LENGTHS] + [("mixed", mixed_lengths(rows))]:
+            what = {"decode": model, "rows": rows, "lengths": name}
+
+            def one(lengths: list[int] = lengths, what: dict[str, object] = what) -> None:
+                case = Decode.of(pages, lengths, HEADS[str(what["decode"])])
+                rate = case.measure(case.shape)
+                report(**what, tb_s=round(rate / 1e12, 3), share_of_copy=round(rate / copied, 3), cut=str(case.shape))
+
+            skipping(report, **what)(one)
+
+
+def candidates() -> Iterator[DecodeShape]:
+    """Those of the table first."""
+    known = [shape for cuts in CUTS.values() for _, shape in cuts]
+    others = [DecodeShape(*tile, splits, chunk) for (splits, chunk), tile in itertools.product(SPLITS, TILES)]
+    yield from dict.fromkeys(known + others)
+
+
+def tune(pages: Pages, copied: float, report: Report, model: str, seconds: float) -> None:
+    """Every candidate at every batch, one candidate after another: whenever time ends, all batches saw the same."""
+    deadline = time.monotonic() + seconds
+    cases = {
+        (rows, name): Decode.of(pages, lengths, HEADS[model])
+        for rows in TUNED_ROWS
+        for name, lengths in (("850", [850] * rows), ("mixed", mixed_lengths(rows)))
+    }
+    found: dict[tuple[int, str], list[tuple[float, DecodeShape]]] = {key: [] for key in cases}
+    for shape in candidates():
+        if time.monotonic() > deadline:
+            break
+        for key, case in cases.items():
+
+            def one(case: Decode = case, key: tuple[int, str] = key, shape: DecodeShape = shape) -> None:
+                found[key].append((case.measure(shape), shape))
+
+            skipping(report, tune=model, rows=key[0], lengths=key[1], cut=str(shape))(one)
+    for key, tried in found.items():
+        tried.sort(key=lambda entry: entry[0], reverse=True)
+        table = next((rate for rate, shape in tried if shape == cases[key].shape), None)
+        report(
+            tune=model, rows=key[0], lengths=key[1], candidates=len(tried),
+            best=[(round(rate / copied, 3), str(shape)) for rate, shape in tried[:3]],
+            table=None if table is None else round(table / copied, 3),
+        )  # fmt: skip
+
+
+def prefill(pages: Pages, product: float, report: Report) -> None:
+    """Chunks of prompts."""
+    for model, (name, sequences) in itertools.product(HEADS, PREFILLS.items()):
+        what = {"prefill": model, "sequences": name}
+
+        def one(sequences: list[tuple[int, int]] = sequences, what: dict[str, object] = what) -> None:
+            heads = HEADS[str(what["prefill"])]
+            seconds = prefill_seconds(pages, sequences, heads)
+            seen = sum(rows * cached + rows * (rows + 1) // 2 for cached, rows in sequences)
+            rate = 4 * HEAD_DIM * heads * seen / seconds
+            report(**what, us=round(1e6 * seconds, 1), tflop_s=round(rate / 1e12), share=round(rate / product, 3))
+
+        skipping(report, **what)(one)
+
+
+def prefill_seconds(pages: Pages, sequences: Sequence[tuple[int, int]], heads: int) -> float:
+    """Of one layer. Raises WrongResult."""
+    rows = [count for _, count in sequences]
+    tables, blocks = shuffled_tables([cached + count for cached, count in sequences])
+    keys, values = pages.layers(blocks)[0]
+    query = torch.randn(sum(rows), heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    numbers = torch.arange(len(rows), dtype=torch.int32, device="cuda")
+    starts = torch.tensor([0, *itertools.accumulate(rows)], dtype=torch.int32, device="cuda")
+    contexts = torch.tensor([sum(sequence) for sequence in sequences], dtype=torch.int32, device="cuda")
+    out = torch.full_like(query, float("nan"))
+
+    def attend() -> None:
+        paged_prefill_attention(
+            query, keys, values, tables, numbers, starts, contexts, max(rows), HEAD_DIM**-0.5, out=out
+        )
+
+    attend()
+    last = 256
+    wanted = paged_prefill_attention_reference(
+        query[-last:], keys, values, tables, numbers[-1:], starts[:2].clamp(max=last), contexts[-1:], last,
+        HEAD_DIM**-0.5,
+    )  # fmt: skip
+    if not (relative_error(out[-last:], wanted) < BOUND and out.isfinite().all()):
+        raise WrongResult(f"relative error {relative_error(out[-last:], wanted)}")
+    return graph_s(attend)
+
+
+def main() -> None:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", choices=["decode", "prefill", "tune"], help="all, if nothing is named")
+    parser.add_argument("--model", choices=list(HEADS), default="qwen3-0.6b", help="that the tuner takes")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of the tuner (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="append the lines to this file, too")
+    arguments = parser.parse_args()
+    what = arguments.what or ["decode", "prefill", "tune"]
+    torch.manual_seed(0)
+    begun = time.monotonic()
+
+    def report(**figures: object) -> None:
+        line = json.dumps(figures)
+        print(line, flush=True)
+        if arguments.out is not None:
+            with arguments.out.open("a") as file:
+                file.write(line + "\n")
+
+    copied, product = ceilings()
+    report(
+        benchmark="attention", device=torch.cuda.get_device_name(), torch=torch.__version__,
+        copy_tb_s=round(copied / 1e12, 3), product_tflop_s=round(product / 1e12),
+    )  # fmt: skip
+    pages = Pages(max(ROWS) * max(LENGTHS))
+    if "decode" in what:
+        decode(pages, copied, report)
+    if "prefill" in what:
+        prefill(pages, product, report)
+    if "tune" in what:
+        tune(pages, copied, report, arguments.model, arguments.seconds)
+    report(seconds=round(time.monotonic() - begun, 1))
+
+
+if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        sys.exit("error: an NVIDIA GPU is needed")
+    main()
