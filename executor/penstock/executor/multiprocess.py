@@ -30,6 +30,10 @@ PLAN_RING_BYTES: Final = 64 * 2**20
 RESULT_RING_BYTES: Final = 16 * 2**20
 FIRST_STEP_S: Final = 300.0
 """For the first result of a worker: kernels may have to be compiled."""
+START_SILENCE_S: Final = 600.0
+"""For each word of a worker that starts: profiling and tuning report no progress."""
+RESTART_SHARE: Final = 0.02
+"""Of a GPU's memory: by how much what is in use may differ from one start to the next."""
 SHUTDOWN_S: Final = 10.0
 _LOOK_S: Final = 0.2
 
@@ -98,7 +102,11 @@ class MultiprocessExecutor:
         if self._spec is not None:
             raise ExecutorError("the executor has been started before")
         self._spec = spec
-        return self._start(progress)
+        info = self._start(progress)
+        if spec.kv_cache_bytes is None:  # the next worker must offer as much, although it may find less memory
+            share = min(1.0, spec.gpu_memory_utilization + RESTART_SHARE)
+            self._spec = msgspec.structs.replace(spec, num_blocks=info.num_blocks, gpu_memory_utilization=share)
+        return info
 
     def restart(self, progress: Progress) -> ModelInfo:
         """Start another worker in place of the one that is lost. Raises WorkerLost if it does not start either."""
@@ -236,14 +244,18 @@ class MultiprocessExecutor:
 
 
 def _await_ready(worker: WorkerProcess, progress: Progress) -> ModelInfo:
-    """Pass on the worker's progress until it is ready. Raises ExecutorError if it cannot be."""
+    """Pass on the worker's progress until it is ready. Raises ExecutorError if it cannot be, or says nothing."""
+    give_up = time.monotonic() + START_SILENCE_S
     while True:
         ended = worker.ended
         message = worker.results.wait(_LOOK_S)
         if message is None:
             if ended is not None:
                 raise ExecutorError(f"the worker {ended} while it started")
+            if time.monotonic() >= give_up:
+                raise ExecutorError(f"the worker said nothing for {START_SILENCE_S:.0f} s while it started")
         elif message[:1] == PROGRESS:
+            give_up = time.monotonic() + START_SILENCE_S
             stage = msgspec.msgpack.decode(message[1:], type=Stage)
             progress(stage.name, stage.done, stage.total)
         elif message[:1] == READY:

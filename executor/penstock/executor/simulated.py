@@ -5,7 +5,8 @@ hₚ mod V. :func:`answer` computes it. Instead of keys and values, position p's
 step reads its predecessor from there *through the block table*: a wrong table, a block that was given to two sequences
 or one that was freed too early changes the answer. Sampling parameters but the stop conditions are ignored.
 
-The "device" takes ``step_us`` for each plan and works on one plan after another; 0: no time at all.
+The "device" takes ``step_us`` for each step (a burst has several) and works on one plan after another; 0: no time at
+all.
 """
 
 import hashlib
@@ -220,8 +221,9 @@ class SimulatedExecutor:
         """See Executor."""
         assert self._device is not None
         result = self._device.execute(plan)
-        self._free_ns = max(self._free_ns, time.monotonic_ns()) + self._step_ns
-        result = msgspec.structs.replace(result, device_ns=self._step_ns)
+        device_ns = self._step_ns * plan.repeat
+        self._free_ns = max(self._free_ns, time.monotonic_ns()) + device_ns
+        result = msgspec.structs.replace(result, device_ns=device_ns)
         self._due.append((self._free_ns, result))
         if len(self._due) == 1:
             self._arm()

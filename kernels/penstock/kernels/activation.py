@@ -9,7 +9,10 @@ from penstock.kernels.dispatch import uses_triton
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """``silu(gate) · up`` of ``gate_up`` [rows, 2 · inner], gate first, contiguous → [rows, inner]."""
+    """``silu(gate) · up`` of ``gate_up`` [rows, 2 · inner], gate first, contiguous → [rows, inner] of its dtype.
+
+    ``silu(gate)`` is rounded before it is multiplied.
+    """
     if uses_triton(gate_up):
         from penstock.kernels.activation_kernel import silu_mul_triton
 

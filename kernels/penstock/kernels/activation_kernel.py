@@ -1,4 +1,4 @@
-"""The kernel of :mod:`penstock.kernels.activation`."""
+"""The kernel of :mod:`penstock.kernels.activation`: a program takes a piece of one row."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 1024
-
 
 @triton.jit
 def silu_mul_kernel(gate_up, out, INNER: tl.constexpr, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = column < INNER
+    element = out.dtype.element_ty
     gate = tl.load(gate_up + row * 2 * INNER + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * INNER + INNER + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * INNER + column, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=inside)
+    gate = (gate / (1 + tl.exp(-gate))).to(element).to(tl.float32)
+    tl.store(out + row * INNER + column, (gate * up).to(element), mask=inside)
+
+
+def program_shape(rows: int) -> tuple[int, int]:
+    """Elements and warps of a program: eight elements a thread, and small programs while there are few of them."""
+    return (256, 1) if rows < 16 else (1024, 4)
 
 
 def silu_mul_triton(gate_up: Tensor) -> Tensor:
@@ -24,6 +29,6 @@ def silu_mul_triton(gate_up: Tensor) -> Tensor:
     rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, inner)
     if rows:
-        tile = min(_TILE, triton.next_power_of_2(inner))
-        silu_mul_kernel[(rows, triton.cdiv(inner, tile))](gate_up, out, inner, tile, num_warps=4)
+        tile, warps = program_shape(rows)
+        silu_mul_kernel[(rows, triton.cdiv(inner, tile))](gate_up, out, inner, tile, num_warps=warps)
     return out

@@ -11,8 +11,12 @@ from penstock.kernels.dispatch import uses_triton
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``residual += x``, then normalise the sum over its last dimension.
 
-    ``x`` and ``residual`` [rows, size], contiguous; ``weight`` [size]. The residual is changed in place; None: ``x``
-    becomes the residual. The mean is taken in float32 of the sum as it is stored. Returns (normalised, residual).
+    ``x`` and ``residual`` [rows, size], contiguous; ``weight`` [size], all of one dtype. The residual is changed in
+    place; None: ``x`` becomes the residual. ``x`` may also be float32 [parts, rows, size], the partial sums of a product
+    split over its inputs; the residual of None is then a new tensor.
+
+    What is rounded is what Llama was trained with: the sum, as the residual stores it; its normalised value, the mean
+    taken in float32; and the product with the weight. Returns (normalised, residual).
     """
     if uses_triton(x):
         from penstock.kernels.norm_kernel import add_rms_norm_triton
@@ -23,5 +27,12 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 
 def add_rms_norm_reference(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The same in plain torch."""
+    if x.dim() == 3:
+        x = x.sum(0).to(weight.dtype)
     residual = x if residual is None else residual.add_(x)
-    return torch_rms_norm(residual, weight.shape, weight, eps), residual
+    return rms_norm_reference(residual, weight, eps), residual
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x`` [..., size] normalised, rounded, and multiplied by ``weight`` [size]."""
+    return torch_rms_norm(x, weight.shape, None, eps) * weight

@@ -1,4 +1,4 @@
-"""The kernel of :mod:`penstock.kernels.norm`: one program a row."""
+"""The kernel of :mod:`penstock.kernels.norm`: one program a row, which it holds in registers."""
 
 from __future__ import annotations
 
@@ -8,30 +8,50 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
-def add_rms_norm_kernel(x, residual, weight, out, eps, SIZE: tl.constexpr, TILE: tl.constexpr, ADD: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"])
+def add_rms_norm_kernel(
+    x, residual, weight, out, eps, rows,
+    SIZE: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, ADD: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, TILE)
     inside = column < SIZE
+    element = out.dtype.element_ty
+    # All loads are issued before anything waits for one of them.
+    factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     value = tl.load(x + row * SIZE + column, mask=inside, other=0.0)
     if ADD:
-        value = value.to(tl.float32) + tl.load(residual + row * SIZE + column, mask=inside, other=0.0).to(tl.float32)
-        value = value.to(x.dtype.element_ty)
+        before = tl.load(residual + row * SIZE + column, mask=inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        value += tl.load(x + (part * rows + row) * SIZE + column, mask=inside, other=0.0)
+    value = value.to(element)
+    if ADD:
+        value = (value.to(tl.float32) + before).to(element)
+    if STORE:
         tl.store(residual + row * SIZE + column, value, mask=inside)
     wide = value.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)
-    factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * SIZE + column, (wide * scale * factor).to(x.dtype.element_ty), mask=inside)
+    normalised = (wide * scale).to(element).to(tl.float32)
+    tl.store(out + row * SIZE + column, (normalised * factor).to(element), mask=inside)
+
+
+def warps(size: int) -> int:
+    """Warps of a program: 16 elements a thread."""
+    return min(16, max(1, triton.next_power_of_2(size) // 512))
 
 
 def add_rms_norm_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See :func:`penstock.kernels.norm.add_rms_norm`."""
-    rows, size = x.shape
-    out = torch.empty_like(x)
-    summed = x if residual is None else residual
+    rows, size = x.shape[-2:]
+    partial = x.dim() == 3
+    out = torch.empty(rows, size, dtype=weight.dtype, device=x.device)
+    add = residual is not None
+    if residual is None:
+        residual = torch.empty_like(out) if partial else x
     if rows:
-        tile = triton.next_power_of_2(size)
         add_rms_norm_kernel[(rows,)](
-            x, summed, weight, out, eps, size, tile, residual is not None, num_warps=min(8, max(1, tile // 512))
-        )
-    return out, summed
+            x, residual, weight, out, eps, rows,
+            size, triton.next_power_of_2(size), x.shape[0] if partial else 1, add, add or partial,
+            num_warps=warps(size),
+        )  # fmt: skip
+    return out, residual

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm
 
 from penstock.kernels.dispatch import uses_triton
+from penstock.kernels.norm import rms_norm_reference
 
 
 def rotate_and_store(
@@ -25,11 +25,14 @@ def rotate_and_store(
     """Normalise and rotate queries and keys, and store keys and values.
 
     ``qkv`` [rows, (heads + 2 · kv_heads) · head_dim], contiguous; ``positions`` int32 [rows]; ``cos_sin`` float32
-    [positions, head_dim], cosines in its first half; ``q_weight``, ``k_weight`` [head_dim], None: no normalisation
-    (Qwen3 has one of each head, over ``head_dim``, before the rotation); ``keys``, ``values`` [blocks, block_tokens,
-    kv_heads, head_dim]; ``slot_mapping`` int64 [rows]: where in them, seen as [blocks · block_tokens, …], each row
-    goes. Components ``i`` and ``i + head_dim / 2`` are a pair (Su et al. 2021). Returns the queries [rows, heads,
-    head_dim].
+    [max_positions, head_dim], cosines in its first half; ``q_weight``, ``k_weight`` [head_dim], both or neither:
+    normalise each head before the rotation as :func:`penstock.kernels.norm.add_rms_norm` does (Qwen3); ``keys``,
+    ``values`` [blocks, block_tokens, kv_heads, head_dim], contiguous; ``slot_mapping`` int64 [rows]: where in them, seen
+    as [blocks · block_tokens, …], each row goes. Rows that go to the same place leave any of them there. The places are
+    not checked.
+
+    Components ``i`` and ``i + head_dim / 2`` are a pair (Su et al. 2021), rotated in float32. Returns the queries
+    [rows, heads, head_dim].
     """
     arguments = (qkv, positions, cos_sin, q_weight, k_weight, eps, keys, values, slot_mapping, heads, kv_heads)
     if uses_triton(qkv):
@@ -53,12 +56,12 @@ def rotate_and_store_reference(
     kv_heads: int,
 ) -> Tensor:
     """The same in plain torch."""
-    split = qkv.view(qkv.shape[0], heads + 2 * kv_heads, -1)
+    split = qkv.view(qkv.shape[0], heads + 2 * kv_heads, keys.shape[-1])
     query, key, value = split[:, :heads], split[:, heads : heads + kv_heads], split[:, heads + kv_heads :]
     if q_weight is not None:
-        query = rms_norm(query, q_weight.shape, q_weight, eps)
+        query = rms_norm_reference(query, q_weight, eps)
     if k_weight is not None:
-        key = rms_norm(key, k_weight.shape, k_weight, eps)
+        key = rms_norm_reference(key, k_weight, eps)
     cos, sin = cos_sin[positions.long()][:, None].chunk(2, dim=-1)
     keys.view(-1, *keys.shape[2:]).index_copy_(0, slot_mapping, _rotate(key, cos, sin))
     values.view(-1, *values.shape[2:]).index_copy_(0, slot_mapping, value)

@@ -8,11 +8,23 @@ from torch import Tensor
 
 
 @triton.jit
-def _normalised(first, second, weight, half, inside, eps, HALF: tl.constexpr):
+def _normalised(first, second, q_weight, k_weight, is_query, half, inside, eps, HALF: tl.constexpr):
+    """Both halves of each head, normalised and multiplied by the weight of queries or of keys; float32, rounded."""
+    element = q_weight.dtype.element_ty
     scale = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + eps)[:, None]
-    low = tl.load(weight + half, mask=inside, other=0.0).to(tl.float32)[None, :]
-    high = tl.load(weight + HALF + half, mask=inside, other=0.0).to(tl.float32)[None, :]
-    return first * scale * low, second * scale * high
+    q_low = tl.load(q_weight + half, mask=inside, other=0.0)[None, :]
+    k_low = tl.load(k_weight + half, mask=inside, other=0.0)[None, :]
+    q_high = tl.load(q_weight + HALF + half, mask=inside, other=0.0)[None, :]
+    k_high = tl.load(k_weight + HALF + half, mask=inside, other=0.0)[None, :]
+    first = (first * scale).to(element).to(tl.float32) * tl.where(is_query, q_low, k_low).to(tl.float32)
+    second = (second * scale).to(element).to(tl.float32) * tl.where(is_query, q_high, k_high).to(tl.float32)
+    return first.to(element).to(tl.float32), second.to(element).to(tl.float32)
+
+
+@triton.jit
+def _store(target, low, high, mask, HALF: tl.constexpr):
+    tl.store(target, low, mask=mask)
+    tl.store(target + HALF, high, mask=mask)
 
 
 @triton.jit
@@ -21,40 +33,40 @@ def rotate_and_store_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
     HEAD_TILE: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
+    HEAD_DIM: tl.constexpr = 2 * HALF
+    ALL_HEADS: tl.constexpr = HEADS + 2 * KV_HEADS
+    element = qkv.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HEAD_TILE + tl.arange(0, HEAD_TILE)
+    head = (tl.program_id(1) * HEAD_TILE + tl.arange(0, HEAD_TILE))[:, None]
     half = tl.arange(0, TILE)
     inside = half < HALF
-    there = (head < HEADS + 2 * KV_HEADS)[:, None] & inside[None, :]
-    source = qkv + row * ((HEADS + 2 * KV_HEADS) * 2 * HALF) + head[:, None] * (2 * HALF) + half[None, :]
-    first_raw = tl.load(source, mask=there, other=0.0)
-    second_raw = tl.load(source + HALF, mask=there, other=0.0)
-    first, second = first_raw.to(tl.float32), second_raw.to(tl.float32)
-    if NORM:
-        q_first, q_second = _normalised(first, second, q_weight, half, inside, eps, HALF)
-        k_first, k_second = _normalised(first, second, k_weight, half, inside, eps, HALF)
-        is_query = (head < HEADS)[:, None]
-        first = tl.where(is_query, q_first, k_first).to(qkv.dtype.element_ty).to(tl.float32)
-        second = tl.where(is_query, q_second, k_second).to(qkv.dtype.element_ty).to(tl.float32)
-    angle = cos_sin + tl.load(positions + row).to(tl.int64) * (2 * HALF) + half
+    there = (head < ALL_HEADS) & inside[None, :]
+    source = qkv + row * (ALL_HEADS * HEAD_DIM) + head * HEAD_DIM + half[None, :]
+    raw_first = tl.load(source, mask=there, other=0.0)
+    raw_second = tl.load(source + HALF, mask=there, other=0.0)
+    position = tl.load(positions + row).to(tl.int64)
+    place = tl.load(slot_mapping + row) * (KV_HEADS * HEAD_DIM)
+    angle = cos_sin + position * HEAD_DIM + half
     cos = tl.load(angle, mask=inside, other=0.0)[None, :]
     sin = tl.load(angle + HALF, mask=inside, other=0.0)[None, :]
-    low = (first * cos - second * sin).to(qkv.dtype.element_ty)
-    high = (second * cos + first * sin).to(qkv.dtype.element_ty)
-    target = query + row * (HEADS * 2 * HALF) + head[:, None] * (2 * HALF) + half[None, :]
-    is_query = there & (head < HEADS)[:, None]
-    tl.store(target, low, mask=is_query)
-    tl.store(target + HALF, high, mask=is_query)
-    place = tl.load(slot_mapping + row) * (KV_HEADS * 2 * HALF)
-    kv_head = head - HEADS
-    is_key = there & ((kv_head >= 0) & (kv_head < KV_HEADS))[:, None]
-    target = keys + place + kv_head[:, None] * (2 * HALF) + half[None, :]
-    tl.store(target, low, mask=is_key)
-    tl.store(target + HALF, high, mask=is_key)
-    is_value = there & (kv_head >= KV_HEADS)[:, None]
-    target = values + place + (kv_head - KV_HEADS)[:, None] * (2 * HALF) + half[None, :]
-    tl.store(target, first_raw, mask=is_value)
-    tl.store(target + HALF, second_raw, mask=is_value)
+
+    first, second = raw_first.to(tl.float32), raw_second.to(tl.float32)
+    if NORM:
+        first, second = _normalised(first, second, q_weight, k_weight, head < HEADS, half, inside, eps, HALF)
+    low = (first * cos - second * sin).to(element)
+    high = (second * cos + first * sin).to(element)
+
+    key_head, value_head = head - HEADS, head - HEADS - KV_HEADS
+    _store(query + row * (HEADS * HEAD_DIM) + head * HEAD_DIM + half[None, :], low, high, there & (head < HEADS), HALF)
+    is_key = there & (key_head >= 0) & (value_head < 0)
+    _store(keys + place + key_head * HEAD_DIM + half[None, :], low, high, is_key, HALF)
+    is_value = there & (value_head >= 0)
+    _store(values + place + value_head * HEAD_DIM + half[None, :], raw_first, raw_second, is_value, HALF)
+
+
+def program_shape(rows: int) -> tuple[int, int]:
+    """Heads and warps of a program: one head while the programs are few, then more, so that they are not too many."""
+    return (1, 1) if rows < 16 else (8, 4)
 
 
 def rotate_and_store_triton(
@@ -74,10 +86,10 @@ def rotate_and_store_triton(
     rows, head_dim = qkv.shape[0], keys.shape[-1]
     query = qkv.new_empty(rows, heads, head_dim)
     if rows:
-        tile = 8 if rows >= 16 else 1
+        tile, warps = program_shape(rows)
         rotate_and_store_kernel[(rows, triton.cdiv(heads + 2 * kv_heads, tile))](
             qkv, positions, cos_sin, q_weight, k_weight, eps, keys, values, slot_mapping, query,
             heads, kv_heads, head_dim // 2, triton.next_power_of_2(head_dim // 2), tile, q_weight is not None,
-            num_warps=4 if tile > 1 else 1,
+            num_warps=warps,
         )  # fmt: skip
     return query

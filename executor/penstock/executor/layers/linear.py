@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from penstock.executor.layers.placement import Placement
+from penstock.kernels.activation import silu_mul
+from penstock.kernels.product import gated_product, gated_shape, split_product, split_shape
 
 
 class Linear:
@@ -36,6 +38,16 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, inputs] → [rows, all outputs]; no adapter takes part."""
         return self._products(x, self._base, self.bias)
+
+    def in_parts(self, x: Tensor) -> Tensor:
+        """The same, or float32 [parts, rows, all outputs] whose sum it is where that is faster, for a norm behind it."""
+        shape = split_shape(x, self._base) if self.bias is None else None
+        return self(x) if shape is None else split_product(x, self._base, shape)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """[rows, inputs] → [rows, half of the outputs]: ``silu`` of the first half times the second."""
+        shape = gated_shape(x, self._base) if self.bias is None else None
+        return silu_mul(self(x)) if shape is None else gated_product(x, self._base, shape)
 
     def destinations(self, name: str) -> dict[str, Tensor]:
         """The checkpoint tensors under ``name`` and the rows of this map that each fills."""

@@ -22,7 +22,6 @@ from penstock.executor.layers.norm import RMSNorm
 from penstock.executor.layers.placement import Placement
 from penstock.executor.layers.rotary import RotaryEmbedding
 from penstock.executor.models.config import ModelConfig
-from penstock.kernels.activation import silu_mul
 
 
 class SelfAttention:
@@ -49,7 +48,7 @@ class SelfAttention:
     def __call__(self, x: Tensor, step: AttentionStep, cache: LayerCache, chosen: Tensor | None) -> Tensor:
         """[rows, hidden] → [rows, hidden]; of the ``chosen`` rows only unless that is None."""
         attended = self.attend(self.qkv(x), step, cache)
-        return self.output(attended if chosen is None else attended.index_select(0, chosen))
+        return self.output.in_parts(attended if chosen is None else attended.index_select(0, chosen))
 
     def destinations(self, name: str) -> dict[str, Tensor]:
         """The checkpoint tensors of the block called ``name``, and what each fills."""
@@ -70,8 +69,8 @@ class FeedForward:
         self.down = Linear(inner, {"down_proj": hidden}, place, bias=bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[rows, hidden] → [rows, hidden]."""
-        return self.down(silu_mul(self.gate_up(x)))
+        """[rows, hidden] → [rows, hidden], perhaps in parts (:meth:`Linear.in_parts`)."""
+        return self.down.in_parts(self.gate_up.gated(x))
 
     def destinations(self, name: str) -> dict[str, Tensor]:
         """The checkpoint tensors of the block called ``name``, and what each fills."""

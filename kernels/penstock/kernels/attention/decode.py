@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from penstock.kernels.attention.decode_shapes import Spread
 from penstock.kernels.dispatch import uses_triton
 
 
@@ -18,20 +19,20 @@ def paged_decode_attention(
     scale: float,
     *,
     out: Tensor | None = None,
-    uneven: bool = False,
+    spread: Spread = Spread.MIXED,
 ) -> Tensor:
     """Attend each row to its sequence's past and itself.
 
     ``query`` [rows, heads, head_dim]; ``keys``, ``values`` [blocks, block_tokens, kv_heads, head_dim]; ``block_tables``
     int32 [slots, width]; ``row_slots`` int32 [rows]: whose table each row has; ``context_lengths`` int32 [rows], the
-    row itself included; 0: the row does not count and its output is zero. ``uneven``: one context is far
-    longer than the others; a hint for the kernel's cut. Returns [rows, heads, head_dim].
+    row itself included; 0: the row does not count and its output is zero. ``spread``: how the lengths
+    differ, a hint for the kernel's cut. Returns [rows, heads, head_dim].
     """
     arguments = (query, keys, values, block_tables, row_slots, context_lengths, scale)
     if uses_triton(query):
         from penstock.kernels.attention.decode_kernel import paged_decode_attention_triton
 
-        return paged_decode_attention_triton(*arguments, out=out, uneven=uneven)
+        return paged_decode_attention_triton(*arguments, out=out, spread=spread)
     return paged_decode_attention_reference(*arguments, out=out)
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.kernels.attention.decode_shapes import DecodeShape, decode_shape
+from penstock.kernels.attention.decode_shapes import DecodeShape, Spread, decode_shape
 from penstock.kernels.dispatch import full_precision
 
 _LOG2E = 1.4426950408889634
@@ -127,7 +127,7 @@ def paged_decode_attention_triton(
     scale: float,
     *,
     out: Tensor | None = None,
-    uneven: bool = False,
+    spread: Spread = Spread.MIXED,
     shape: DecodeShape | None = None,
 ) -> Tensor:
     """See :func:`penstock.kernels.attention.decode.paged_decode_attention`."""
@@ -136,7 +136,7 @@ def paged_decode_attention_triton(
     out = torch.empty_like(query) if out is None else out
     if not rows:
         return out
-    shape = shape or decode_shape(rows, kv_heads, keys.dtype, uneven=uneven)
+    shape = shape or decode_shape(rows, kv_heads, keys.dtype, spread)
     dim = max(16, triton.next_power_of_2(head_dim))
     tile = max(_SMALLEST_TILE, min(shape.tile, block_tokens))
     packed = max(_PACKED, triton.next_power_of_2(heads // kv_heads))

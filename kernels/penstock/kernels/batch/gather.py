@@ -35,9 +35,10 @@ class StepRows:
 
 
 def gather_rows(state: BatchState, rows: int, block_tokens: int, out: StepRows) -> None:
-    """The first ``rows`` rows of the decode batch: each computes its slot's newest token.
+    """The first ``rows`` rows of the decode batch (``state.row_slots``): each computes its slot's newest token.
 
-    A row whose slot is not live computes token 0 at position 0 with context 0, into the scratch block.
+    A row whose slot is not live computes token 0 at position 0 with context 0, into the scratch block. ``out`` has room
+    for ``rows``, and every live slot's table for its next token: neither is checked.
     """
     if uses_triton(state.arena):
         from penstock.kernels.batch.gather_kernel import gather_rows_triton
@@ -62,9 +63,10 @@ def gather_rows_reference(state: BatchState, rows: int, block_tokens: int, out: 
 def fill_rows(
     state: BatchState, out: StepRows, first: int, ids: Tensor, positions: Tensor, slots: Tensor, block_tokens: int
 ) -> None:
-    """Rows of chunks, from row ``first`` on: ``ids``, ``positions``, ``slots`` int32 [n].
+    """Rows of chunks, from row ``first`` on: ``ids``, ``positions``, ``slots`` int32 [n], contiguous.
 
-    The context lengths of these rows are left as they are.
+    The context lengths of these rows are left as they are. ``out`` has room for them and the slots' tables for their
+    positions: neither is checked.
     """
     if uses_triton(state.arena):
         from penstock.kernels.batch.gather_kernel import fill_rows_triton
@@ -85,5 +87,6 @@ def fill_rows_reference(
 
 
 def _addresses(state: BatchState, slots: Tensor, positions: Tensor, block_tokens: int) -> Tensor:
-    pages = torch.div(positions, block_tokens, rounding_mode="floor").long()
+    """Where in a cache seen as [blocks · block_tokens, …] each row's token is; int64."""
+    pages = positions.long() // block_tokens
     return state.block_tables[slots, pages].long() * block_tokens + positions % block_tokens

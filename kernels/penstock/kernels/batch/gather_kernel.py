@@ -7,13 +7,15 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.kernels.batch.gather import StepRows
-from penstock.kernels.batch.state import BatchState
+from penstock.kernels.batch.state import LIVE, BatchState
 
+_LIVE = tl.constexpr(LIVE)
 _TILE = 128
 
 
 @triton.jit
 def _address(block_tables, slot, position, inside, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Where in a cache seen as [blocks · block_tokens, …] the token at ``position`` of ``slot`` is; int64."""
     block = tl.load(block_tables + slot * WIDTH + position // BLOCK, mask=inside, other=0).to(tl.int64)
     return block * BLOCK + position % BLOCK
 
@@ -26,10 +28,12 @@ def gather_rows_kernel(
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = row < rows
     slot = tl.load(row_slots + row, mask=inside, other=SLOTS)
-    counts = tl.load(live + slot) == 1
-    slot = tl.where(counts, slot, SLOTS)
+    # Every slot has these columns: they are loaded at once, and not only when it is known that the slot is live.
+    counts = tl.load(live + slot) == _LIVE
+    token = tl.where(counts, tl.load(last_token + slot), 0)
     position = tl.where(counts, tl.load(computed + slot), 0)
-    tl.store(ids + row, tl.where(counts, tl.load(last_token + slot), 0), mask=inside)
+    slot = tl.where(counts, slot, SLOTS)
+    tl.store(ids + row, token, mask=inside)
     tl.store(positions + row, position, mask=inside)
     tl.store(contexts + row, tl.where(counts, position + 1, 0), mask=inside)
     tl.store(slot_mapping + row, _address(block_tables, slot, position, inside, BLOCK, WIDTH), mask=inside)

@@ -8,7 +8,10 @@ from penstock.kernels.dispatch import uses_triton
 
 
 def apply_words(arena: Tensor, words: Tensor) -> None:
-    """``arena[offset] = word`` for each (offset, word) of ``words`` int32 [n, 2]; the offsets differ."""
+    """``arena[offset] = word`` for each (offset, word) of ``words``.
+
+    ``arena`` int32 [n]; ``words`` int32 [m, 2], contiguous. The offsets differ from each other and are not checked.
+    """
     if uses_triton(arena):
         from penstock.kernels.batch.update_kernel import apply_words_triton
 

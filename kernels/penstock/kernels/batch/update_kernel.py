@@ -9,7 +9,7 @@ from torch import Tensor
 _TILE = 256
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["words"])
 def apply_words_kernel(arena, words, count, TILE: tl.constexpr):
     entry = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = entry < count

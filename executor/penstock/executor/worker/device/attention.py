@@ -8,6 +8,7 @@ from torch import Tensor
 
 from penstock.executor.layers.attention import LayerCache, PagedAttention
 from penstock.kernels.attention.decode import paged_decode_attention
+from penstock.kernels.attention.decode_shapes import Spread
 from penstock.kernels.attention.prefill import paged_prefill_attention
 from penstock.kernels.batch.gather import StepRows
 from penstock.kernels.batch.state import BatchState
@@ -37,8 +38,8 @@ class DeviceStep:
     """Its first ``decodes`` rows decode, the others belong to ``chunks``."""
     decodes: int
     chunks: ChunkRows | None = None
-    uneven: bool = False
-    """One of its sequences is far longer than the others."""
+    spread: Spread = Spread.MIXED
+    """Of the lengths of those that decode."""
 
     def attend(self, qkv: Tensor, attention: PagedAttention, cache: LayerCache) -> Tensor:
         """``qkv`` [rows, (heads + 2 kv_heads) * head_dim] → [rows, heads * head_dim]; the cache has this step then."""
@@ -89,5 +90,5 @@ class DeviceStep:
             self.rows.context_lengths[:rows],
             scale,
             out=out,
-            uneven=self.uneven,
+            spread=self.spread,
         )

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from penstock.executor.worker.device.program import Program
+from penstock.kernels.attention.decode_shapes import DecodeShape, Spread
 
 
 def graph_sizes(max_rows: int) -> list[int]:
@@ -39,7 +40,7 @@ class DecodeGraphs:
     def __init__(self, program: Program) -> None:
         """Nothing is captured."""
         self._program = program
-        self._forward: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._forward: dict[tuple[int, DecodeShape], torch.cuda.CUDAGraph] = {}
         self._tail: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._size_of: list[int] = []
         self._pool: torch.cuda._POOL_HANDLE | None = None
@@ -56,7 +57,8 @@ class DecodeGraphs:
         sizes = graph_sizes(max_rows)
         for done, size in enumerate(reversed(sizes)):
             on_size(done, len(sizes))
-            self._capture_forward(size, uneven=False)
+            for spread in (Spread.EVEN, Spread.MIXED):
+                self._forward_of(size, spread)
             for filtered in (False, True):
                 choose = partial(self._program.choose, size, filtered=filtered)
                 self._tail[size, filtered] = self._captured(choose)
@@ -64,23 +66,24 @@ class DecodeGraphs:
         self._size_of = [next(size for size in sizes if size >= rows) for rows in range(max_rows + 1)]
         torch.cuda.synchronize(device)
         taken = free - torch.cuda.mem_get_info(device)[0]
-        return CaptureReport(3 * len(sizes), time.perf_counter() - started, taken)
+        return CaptureReport(len(self._forward) + len(self._tail), time.perf_counter() - started, taken)
 
-    def decode(self, rows: int, *, uneven: bool) -> None:
+    def decode(self, rows: int, *, spread: Spread) -> None:
         """The logits of the decode batch of ``rows`` rows; see :meth:`Program.decode`.
 
-        Steps of uneven batches are rare: each size of them is captured when it is first met.
+        A size whose lengths are spread in a way that is rare is captured when it is first met.
         """
-        if not self._size_of:
-            self._program.decode(rows, uneven=uneven)
-            return
-        size = self._size_of[rows]
-        if (size, uneven) not in self._forward:
-            self._capture_forward(size, uneven=uneven)
-        self._forward[size, uneven].replay()
+        if self._size_of:
+            self._forward_of(self._size_of[rows], spread).replay()
+        else:
+            self._program.decode(rows, spread=spread)
 
-    def _capture_forward(self, size: int, *, uneven: bool) -> None:
-        self._forward[size, uneven] = self._captured(partial(self._program.decode, size, uneven=uneven))
+    def _forward_of(self, size: int, spread: Spread) -> torch.cuda.CUDAGraph:
+        """The graph; spreads for which attention is cut alike share one."""
+        key = size, self._program.decode_shape(size, spread)
+        if key not in self._forward:
+            self._forward[key] = self._captured(partial(self._program.decode, size, spread=spread))
+        return self._forward[key]
 
     def choose(self, rows: int, *, filtered: bool) -> None:
         """Its next tokens."""

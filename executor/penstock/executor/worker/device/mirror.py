@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +23,11 @@ from penstock.executor.models.errors import one_line
 from penstock.executor.step import Admission, Fragment, SlotFailure, StepPlan, unpack_u32
 from penstock.executor.worker.device.changes import Changes
 from penstock.executor.worker.slots import MANY, Capacity, SlotFault, refuse_unsupported
+from penstock.kernels.attention.decode_shapes import Spread
 from penstock.kernels.batch.state import MAX_STOP_IDS, ArenaLayout
 
 Ints = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.int32]
-
-
-_FEW: Final = 24
-"""The rows of a small batch are split among programs whatever their lengths are."""
 
 
 class Stage(enum.IntEnum):
@@ -72,8 +68,8 @@ class Step:
     """Where each of them stands in ``rows``."""
     filtered: bool
     """Whether one of them asks for top-k, top-p or min-p."""
-    uneven: bool
-    """Whether one sequence that decodes holds more than an eighth of the tokens of all."""
+    spread: Spread
+    """How the lengths of the decodes differ."""
 
 
 class Mirror:
@@ -261,12 +257,12 @@ class Mirror:
         if completed:
             place = {slot: row for row, slot in enumerate(rows.tolist())}
             sample_rows = np.concatenate((sample_rows, np.array([place[slot] for slot in completed], np.int64)))
-        filtered, uneven = bool(self._filtered[samples].any()), self._is_uneven(rows[decoding])
-        return Step(rows, rows[decoding], chunks, samples, sample_rows, filtered, uneven)
+        filtered, spread = bool(self._filtered[samples].any()), self._spread(rows[decoding])
+        return Step(rows, rows[decoding], chunks, samples, sample_rows, filtered, spread)
 
-    def _is_uneven(self, decodes: Ints) -> bool:
+    def _spread(self, decodes: Ints) -> Spread:
         lengths = self._scheduled[decodes]
-        return lengths.size > _FEW and bool(8 * lengths.max() > lengths.sum())
+        return Spread.of(int(lengths.max(initial=0)), int(lengths.sum()), lengths.size)
 
     def _decoding(self, repeat: int) -> npt.NDArray[np.bool_]:
         """Which rows decode; those whose blocks do not hold what they compute fail."""

@@ -12,6 +12,7 @@ from penstock.executor.layers.attention import LayerCache
 from penstock.executor.models.registry import Model
 from penstock.executor.worker.device.attention import ChunkRows, DeviceStep
 from penstock.executor.worker.slots import Capacity
+from penstock.kernels.attention.decode_shapes import DecodeShape, Spread, decode_shape
 from penstock.kernels.batch.gather import StepRows, fill_rows, gather_rows
 from penstock.kernels.batch.state import ArenaLayout, BatchState
 from penstock.kernels.batch.update import apply_words
@@ -55,13 +56,18 @@ class Program:
         if words.numel():
             apply_words(self.state.arena, words.view(-1, 2))
 
-    def decode(self, rows: int, *, uneven: bool) -> None:
+    def decode_shape(self, rows: int, spread: Spread) -> DecodeShape:
+        """How attention of a decode step is cut."""
+        keys = self._pages[0].keys
+        return decode_shape(rows, keys.shape[2], keys.dtype, spread)
+
+    def decode(self, rows: int, *, spread: Spread) -> None:
         """The logits of the first ``rows`` rows of the decode batch; running it twice changes nothing.
 
-        ``uneven``: one of the sequences is far longer than the others.
+        ``spread``: how their lengths differ.
         """
         gather_rows(self.state, rows, self._block_tokens, self.rows)
-        step = DeviceStep(self.state, self.rows, rows, uneven=uneven)
+        step = DeviceStep(self.state, self.rows, rows, spread=spread)
         hidden = self._model.forward(self.rows.ids[:rows], step, self._pages)
         self._model.logits(hidden, out=self._logits[:rows])
 
@@ -69,13 +75,13 @@ class Program:
         """The next tokens of the first ``rows`` rows of the decode batch."""
         sample_step(self._logits[:rows], self.state.row_slots[:rows], self.state, self.output, filtered=filtered)
 
-    def mixed(self, decodes: int, step: MixedStep, *, uneven: bool) -> int:
+    def mixed(self, decodes: int, step: MixedStep, *, spread: Spread) -> int:
         """The logits of ``decodes`` rows of the decode batch and of chunks that complete; returns how many."""
         if decodes:
             gather_rows(self.state, decodes, self._block_tokens, self.rows)
         fill_rows(self.state, self.rows, decodes, step.ids, step.positions, step.slots, self._block_tokens)
         count = decodes + step.ids.numel()
-        attention = DeviceStep(self.state, self.rows, decodes, step.chunks, uneven)
+        attention = DeviceStep(self.state, self.rows, decodes, step.chunks, spread)
         hidden = self._model.forward(self.rows.ids[:count], attention, self._pages, step.chosen)
         samples = step.chosen.numel()
         if samples:

@@ -25,6 +25,7 @@ from penstock.executor.worker.device.program import MixedStep, Program
 from penstock.executor.worker.device.timeline import CudaTimeline, HostTimeline, Mark
 from penstock.executor.worker.device.upload import Upload, Words
 from penstock.executor.worker.slots import Capacity
+from penstock.kernels.attention.decode_shapes import Spread
 
 MAX_REPEAT = 8
 """Most steps of one burst."""
@@ -136,7 +137,7 @@ class DeviceRunner:
             return []
         steps = []
         for _ in range(repeat):
-            self._graphs.decode(rows, uneven=step.uneven)
+            self._graphs.decode(rows, spread=step.spread)
             self._timeline.settle(self._downloaded)
             self._graphs.choose(rows, filtered=step.filtered)
             steps.append(self._fetch(rows))
@@ -152,7 +153,7 @@ class DeviceRunner:
         mixed = MixedStep(
             ids, positions, slots, ChunkRows(chunk_slots, query_start, contexts, longest), chosen, sample_slots
         )
-        samples = self._program.mixed(len(step.decodes), mixed, uneven=step.uneven)
+        samples = self._program.mixed(len(step.decodes), mixed, spread=step.spread)
         if not samples:
             return []
         self._timeline.settle(self._downloaded)
@@ -220,7 +221,7 @@ class DeviceRunner:
         """
         begin = self._timeline.mark()
         for _ in range(steps):
-            self._graphs.decode(rows, uneven=False)
+            self._graphs.decode(rows, spread=Spread.EVEN)
             self._graphs.choose(rows, filtered=False)
         end = self._timeline.mark()
         end.wait()

@@ -23,6 +23,7 @@ from penstock.executor.worker.device.runner import DeviceRunner
 from penstock.executor.worker.kv_cache import PageShape, allocate_pages, longest_sequence
 from penstock.executor.worker.model_runner import LoadedModel, load_model
 from penstock.executor.worker.slots import Capacity
+from penstock.kernels.attention.decode_shapes import Spread
 
 TUNE_SECONDS = 4.0
 """Spent at most on choosing libraries for the matrix products of decode steps."""
@@ -143,6 +144,6 @@ def _run_full_step(program: Program, max_step_tokens: int, longest: int) -> None
         chosen=torch.arange(slots, dtype=torch.int32, device=device),
         sample_slots=column([slots] * slots),
     )
-    for either in (False, True):
-        program.mixed(slots, step, uneven=either)
-        program.choose_mixed(step, filtered=either)
+    for filtered in (False, True):
+        program.mixed(slots, step, spread=Spread.MIXED)
+        program.choose_mixed(step, filtered=filtered)
