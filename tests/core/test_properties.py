@@ -22,21 +22,22 @@ def drive(
     *,
     blocks: int,
     cancels: float,
+    arrivals: float = 0.2,
     repeat: int = 1,
     losses: float = 0.0,
 ) -> Driver:
     """Random arrivals, cancels, deadlines, delays and lost devices for that many steps, then the end."""
     slots, rows = rng.choice([1, 8, 16, 16]), rng.randint(16, 64)
-    driver = Driver(*depth, blocks=blocks, slots=slots, step_tokens=rows, max_repeat=repeat)
+    driver = Driver(*depth, blocks=blocks, slots=slots, step_tokens=rows, max_repeat=repeat, tick_ns=100_000)
     expected: dict[int, list[int]] = {}
     disturbed: set[int] = set()
     handle = 0
     for _ in range(steps):
-        if rng.random() < 0.2:
+        if rng.random() < arrivals:
             handle += 1
             prompt, most = random_prompt(rng, 120), rng.randint(1, 100)
             least, stops = rng.randint(0, most), [rng.randrange(VOCAB) for _ in range(rng.randint(0, 30))]
-            deadline = driver.now + rng.randint(0, 400) if rng.random() < cancels else 0
+            deadline = driver.now + rng.randint(0, 400) * driver.tick_ns if rng.random() < cancels else 0
             disturbed.update([handle] if deadline else [])
             expected[handle] = undisturbed(prompt, most, least, stops)
             driver.submit(handle, prompt, most, least, stops, deadline=deadline)
@@ -76,6 +77,16 @@ def test_twenty_thousand_steps(depth: tuple[int, int]) -> None:
     drive(random.Random(str(depth)), depth, 20_000, blocks=20, cancels=0.05)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("repeat", [2, 8])
+def test_a_hundred_thousand_steps_with_losses(depth: tuple[int, int], repeat: int) -> None:
+    rng = random.Random(f"{depth}{repeat} long")
+    driver = drive(rng, depth, 100_000, blocks=40, cancels=0.02, arrivals=0.05, repeat=repeat, losses=0.01)
+    assert driver.bursts > 10
+    assert len({plan.epoch for plan in driver.plans}) > 300
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.randoms(use_true_random=False), st.sampled_from(DEPTHS), st.integers(16, 60), st.sampled_from([0.0, 0.3]))
 def test_any_script(rng: random.Random, depth: tuple[int, int], blocks: int, cancels: float) -> None:
@@ -86,9 +97,9 @@ def test_any_script(rng: random.Random, depth: tuple[int, int], blocks: int, can
 @pytest.mark.parametrize("repeat", [1, 3, 8])
 def test_lost_epochs_and_bursts(depth: tuple[int, int], repeat: int) -> None:
     rng = random.Random(f"{depth}{repeat}")
-    driver = drive(rng, depth, 2000, blocks=40, cancels=0.02, repeat=repeat, losses=0.01)
-    assert len(driver.finished) > 300
-    assert {plan.epoch for plan in driver.plans} >= set(range(2, 10))
+    driver = drive(rng, depth, 2000, blocks=40, cancels=0.02, arrivals=0.05, repeat=repeat, losses=0.01)
+    assert len(driver.finished) > 60
+    assert len({plan.epoch for plan in driver.plans}) > 8
     assert any(span.cause == "epoch" for span in driver.spans)
     assert (driver.bursts > 0) is (repeat > 1)
 
@@ -96,7 +107,8 @@ def test_lost_epochs_and_bursts(depth: tuple[int, int], repeat: int) -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.randoms(use_true_random=False), st.sampled_from(DEPTHS), st.integers(16, 60), st.integers(1, 8))
 def test_any_script_with_losses(rng: random.Random, depth: tuple[int, int], blocks: int, repeat: int) -> None:
-    drive(rng, depth, 60, blocks=blocks, cancels=0.1, repeat=repeat, losses=0.05)
+    arrivals = rng.choice([0.05, 0.2])
+    drive(rng, depth, 60, blocks=blocks, cancels=0.1, arrivals=arrivals, repeat=repeat, losses=0.05)
 
 
 class Capricious(FirstComeFirstServed):

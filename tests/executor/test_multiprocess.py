@@ -19,6 +19,7 @@ import pytest
 from penstock.executor.executor import ExecutorError, WorkerLost
 from penstock.executor.multiprocess import MultiprocessExecutor
 from penstock.executor.step import ModelInfo, ModelSpec, StepPlan, StepResult
+from penstock.executor.worker.arguments import WorkerArguments
 from support.by_hand import ByHand, Kind, admission, no_progress, replace_spec, spec, start_of, wait
 from support.hand_scheduler import HandScheduler, Request
 from support.reference import greedy_tokens
@@ -109,6 +110,28 @@ def test_a_start_that_fails_says_why_in_one_line(folder: Path) -> None:
         executor.start(replace_spec(spec(folder), max_model_tokens=513), no_progress)
     assert "max_model_tokens 513 is not within the model's 512" in str(caught.value)
     executor.shutdown()
+
+
+def test_another_worker_has_as_many_blocks_and_may_find_less_memory(folder: Path) -> None:
+    with running(spec(folder, num_blocks=None, gpu_memory_utilization=0.5)) as (executor, info):
+        worker().kill()
+        await_loss(executor)
+        assert executor.restart(no_progress).num_blocks == info.num_blocks
+        told = WorkerArguments.parse(worker().cmdline()[-1]).spec
+    assert told.num_blocks == info.num_blocks
+    assert 0.5 < told.gpu_memory_utilization <= 0.55
+
+
+def test_a_worker_that_is_silent_while_it_starts_is_given_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.executor.multiprocess.START_SILENCE_S", 1.0)
+    monkeypatch.setattr("penstock.executor.multiprocess.SHUTDOWN_S", 1.0)
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr("penstock.executor.worker.arguments.WorkerArguments.argv", lambda self: command)
+    executor = MultiprocessExecutor()
+    with pytest.raises(ExecutorError, match="the worker said nothing for 1 s while it started"):
+        executor.start(spec(folder), no_progress)
+    executor.shutdown()
+    assert not psutil.Process().children()
 
 
 def test_a_worker_killed_while_it_starts_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

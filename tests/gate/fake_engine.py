@@ -183,7 +183,7 @@ class FakeEngine:
                 events.SpanEvent(events.Span.FIRST_TOKEN, handle, now, now, step=16),
             ]
             told = array("I", [handle]).tobytes()
-            self.steps.append(events.StepSpan(16, one.begun_ns, now, 1000, 2000, 0, 3, 1, 0, told))
+            self.steps.append(events.StepSpan(16, one.begun_ns, now, 1000, 2000, 0, 3, 1, 0, told, 4000, 2))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,9 @@ async def test_the_tree_of_one_attempt(tmp_path: Path) -> None:
     assert dict(decode.events[1].attributes) == {"by": "blocks", "mode": "recompute", "cost": 5}
     assert (prefill.attributes["penstock.tokens"], decode.attributes["penstock.tokens"]) == (3, 5)
     assert step.attributes["penstock.prefill_rows"] == 3
+    times = {name: step.attributes[f"penstock.{name}_us"] for name in ("plan", "launch", "device")}
+    assert times == {"plan": 1, "launch": 4, "device": 2}
+    assert step.attributes["penstock.repeat"] == 2
     linked = {span.name: {span_id for _, span_id in span.links} for span in spans}
     assert linked["engine.step"] == {request.span_id}
     assert linked["prefill"] == linked["decode"] == {step.span_id}

@@ -36,6 +36,10 @@ class Deadlines:
             if self._lives(entry):
                 yield self._sequences[entry[2]]
 
+    def within(self, span_ns: int, now: int) -> bool:
+        """Whether a deadline passes within that time: also one of a sequence that has ended, until it has passed."""
+        return bool(self._heap) and self._heap[0][0] < now + span_ns
+
     def _lives(self, entry: tuple[int, int, int]) -> bool:
         """A handle may be used again: the number of the arrival tells."""
         sequence = self._sequences.get(entry[2])

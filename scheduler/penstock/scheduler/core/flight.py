@@ -2,6 +2,7 @@
 
 from array import array
 
+from penstock.executor.step import StepResult
 from penstock.scheduler.core.sequence import Sequence
 
 
@@ -38,6 +39,13 @@ class Flight:
         self.submitted_ns = now
         self.plan_ns = 0
         """Time to make the plan; set by whoever measures it."""
+
+    def check(self, result: StepResult) -> None:
+        """Raises ValueError for a result whose columns are not those of the plan."""
+        if len(result.counts) != len(self.members):
+            raise ValueError(f"result {result.number} has {len(result.counts)} rows of {len(self.members)}")
+        if 4 * sum(result.counts) != len(result.ids):
+            raise ValueError(f"result {result.number} has {len(result.ids)} bytes of {sum(result.counts)} ids")
 
     @property
     def prefill_rows(self) -> int:

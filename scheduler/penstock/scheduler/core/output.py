@@ -2,7 +2,7 @@
 
 from array import array
 
-from penstock.executor.step import pack_u32
+from penstock.executor.step import StepResult, pack_u32
 from penstock.scheduler.core.flight import Flight
 from penstock.scheduler.core.sequence import Sequence
 from penstock.scheduler.records.events import Finish, Finished, Span, SpanEvent, Step, StepSpan
@@ -51,7 +51,7 @@ class Output:
         """A sequence failed that never was one."""
         self.finished.append(Finished(handle, int(Finish.FAILED), 0, arrival_ns, 0, 0, now, 0, 0, why))
 
-    def step(self, flight: Flight, device_ns: int, waiting: int, now: int) -> None:
+    def step(self, flight: Flight, result: StepResult, waiting: int, now: int) -> None:
         """A step's result came. Who ended before it is forgotten, and not told of."""
         chunks = [(sequence, rows) for sequence, rows in flight.chunks if sequence.traced and sequence.lives]
         for sequence, rows in chunks:
@@ -66,12 +66,14 @@ class Output:
                     flight.submitted_ns,
                     now,
                     flight.plan_ns,
-                    device_ns,
+                    result.device_ns,
                     flight.decodes,
                     flight.prefill_rows,
                     len(flight.members),
                     waiting,
                     pack_u32(traced),
+                    result.host_ns,
+                    flight.repeat,
                 )
             )
 

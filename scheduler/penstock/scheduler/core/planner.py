@@ -21,7 +21,7 @@ from collections import deque
 
 from penstock.executor.step import ModelInfo, StepPlan, StepResult, unpack_u32
 from penstock.scheduler.core.blocks import BlockPool
-from penstock.scheduler.core.bursts import reserve_burst
+from penstock.scheduler.core.bursts import DEADLINE_NS, reserve_burst
 from penstock.scheduler.core.deadlines import Deadlines
 from penstock.scheduler.core.flight import Flight
 from penstock.scheduler.core.intake import sequences_of
@@ -105,14 +105,19 @@ class Core:
     def plan(self, now: int, max_repeat: int = 1) -> StepPlan | None:
         """The next step, or None if there is nothing to compute now. The plan counts as submitted.
 
-        ``max_repeat``: most steps of a burst, if the plan can be one.
+        ``max_repeat``: most steps of a burst, if the plan can be one; at least 1.
         """
         builder = PlanBuilder(self._info.max_step_tokens)
         prefilling = self._plan_decodes(builder, now)
         self._plan_chunks(builder, prefilling)
         self._admit(builder, now)
-        burst = not prefilling and not len(self._policy) and reserve_burst(builder, self._pool, max_repeat)
-        return self._close(builder, now, max_repeat if burst else 1)
+        return self._close(builder, now, 1 if prefilling else self._repeat(builder, now, max_repeat))
+
+    def _repeat(self, builder: PlanBuilder, now: int, most: int) -> int:
+        """Steps of the plan: more than one only if nobody waits and no deadline is near."""
+        if most == 1 or len(self._policy) or self._deadlines.within(DEADLINE_NS, now):
+            return 1
+        return reserve_burst(builder, self._pool, most)
 
     def _plan_decodes(self, builder: PlanBuilder, now: int) -> list[Sequence]:
         """Give a row to everyone who has one token left to compute; returns those who have more."""
@@ -229,12 +234,9 @@ class Core:
         flight = self._flights[0] if self._flights else None
         if flight is None or (result.epoch, result.number) != (self._epoch, flight.number):
             raise ValueError(f"result {result.epoch}.{result.number} answers no plan that is next")
-        if len(result.counts) != len(flight.members):
-            raise ValueError(f"result {result.number} has {len(result.counts)} rows of {len(flight.members)}")
-        if 4 * sum(result.counts) != len(result.ids):
-            raise ValueError(f"result {result.number} has {len(result.ids)} bytes of {sum(result.counts)} ids")
+        flight.check(result)
         self._flights.popleft()
-        self.output.step(flight, result.device_ns, len(self._policy), now)
+        self.output.step(flight, result, len(self._policy), now)
         self._absorb_rows(flight, result, now)
         for failure in result.failed:
             self._absorb_failure(flight, failure.slot, failure.reason, now)
@@ -262,7 +264,7 @@ class Core:
             token = next(tokens)
             ids.append(token)
             output.ids.append(token)
-            for _ in range(count - 1):
+            for _ in range(count - 1):  # of a burst; outside of it a loop costs more than what it does
                 token = next(tokens)
                 ids.append(token)
                 output.ids.append(token)

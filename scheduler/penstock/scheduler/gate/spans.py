@@ -161,7 +161,9 @@ class Spans:
             attributes={
                 "penstock.step": told.step,
                 "penstock.plan_us": told.plan_ns // 1000,
+                "penstock.launch_us": told.launch_ns // 1000,
                 "penstock.device_us": told.device_ns // 1000,
+                "penstock.repeat": told.repeat,
                 "penstock.decode_rows": told.decode_rows,
                 "penstock.prefill_rows": told.prefill_rows,
                 "penstock.sequences": told.sequences,

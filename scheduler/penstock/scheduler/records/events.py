@@ -85,6 +85,10 @@ class StepSpan(msgspec.Struct, frozen=True, array_like=True):
     waiting: int
     handles: bytes
     """u32: the traced sequences in it."""
+    launch_ns: int = 0
+    """The worker's own time to apply the plan and to launch it."""
+    repeat: int = 1
+    """Steps of a burst."""
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
