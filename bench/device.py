@@ -163,7 +163,9 @@ def idle(arguments: argparse.Namespace) -> dict[str, Any]:
     for batch in arguments.batches:
         times = decode_batch(engine, batch, arguments.context, arguments.steps, arguments.temperature)
         wall = statistics.fmean(wall for wall, _ in times)
-        bare = engine.runner.replay(batch, arguments.steps)
+        # The replays go on where the steps ended: contexts grow, and two of them tell by how much that slows a step.
+        first, second = (engine.runner.replay(batch, arguments.steps) for _ in range(2))
+        bare = 2 * first - second
         finish(engine)
         row = {"batch": batch, "wall_ms": wall / 1e6, "bare_ms": bare / 1e6, "idle_share": 1 - bare / wall}
         print(json.dumps(row), flush=True)
@@ -186,14 +188,15 @@ def profile_mixed(engine: Engine, arguments: argparse.Namespace) -> dict[str, An
         engine.run(lambda: len(engine.results) >= 12)
         engine.settle()
         torch.cuda.synchronize()
-    if arguments.trace:
-        profile.export_chrome_trace(arguments.trace)
     finish(engine)
-    spans = sorted(
-        (event.time_range.start, event.time_range.end)
+    named = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
         for event in profile.events()
         if event.device_type.name == "CUDA"
     )
+    if arguments.picture:
+        arguments.picture.write_text(picture(named))
+    spans = [(start, end) for start, end, _ in named]
     busy, gaps, last = 0.0, [], spans[0][0]
     for start, end in spans:
         if start > last:
@@ -211,6 +214,39 @@ def profile_mixed(engine: Engine, arguments: argparse.Namespace) -> dict[str, An
     }
     print(json.dumps(row), flush=True)
     return row
+
+
+KINDS = (
+    ("decode_kernel", "decode attention", "#3b76c4"),
+    ("prefill_kernel", "prefill attention", "#8a5bb5"),
+    ("nvjet", "matrix products", "#3c9a5f"),
+    ("product", "matrix products", "#3c9a5f"),
+    ("choose", "sampling", "#b23f57"),
+    ("Memcpy", "copies", "#222222"),
+    ("", "others", "#b5683a"),
+)
+"""Part of a kernel's name, what it is, its colour."""
+
+
+def picture(spans: Sequence[tuple[float, float, str]], width: int = 1400, rows: int = 8) -> str:
+    """The device's time as SVG: ``rows`` lines of equal length, one behind the other; white is idle. Times in µs."""
+    begin, end = spans[0][0], spans[-1][1]
+    line = (end - begin) / rows
+    bars = []
+    for start, stop, name in spans:
+        colour = next(colour for part, _, colour in KINDS if part in name)
+        row = int((start - begin) // line)
+        left, wide = (start - begin - row * line) / line * width, max(0.05, (stop - start) / line * width)
+        bars.append(f'<rect x="{left:.2f}" y="{34 + 30 * row}" width="{wide:.2f}" height="22" fill="{colour}"/>')
+    legend = {what: colour for _, what, colour in KINDS}
+    words = "".join(
+        f'<text x="{10 + 150 * at}" y="20" fill="{colour}">{what}</text>'
+        for at, (what, colour) in enumerate(legend.items())
+    )
+    note = f'<text x="{10 + 150 * len(legend)}" y="20">a line is {line / 1000:.2f} ms</text>'
+    size = f'width="{width}" height="{40 + 30 * rows}"'
+    style = 'font-family="sans-serif" font-size="13" shape-rendering="crispEdges"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{words}{note}{"".join(bars)}</svg>\n'
 
 
 def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -263,7 +299,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=256, help="at once, for throughput")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--temperature", type=float, default=0.6)
-    parser.add_argument("--trace", type=Path, help="where the profile of the mixed steps goes")
+    parser.add_argument("--picture", type=Path, help="where the profile of mixed and decode steps goes, as SVG")
     arguments = parser.parse_args()
     figures = PROGRAMS[arguments.program](arguments)
     if arguments.name:

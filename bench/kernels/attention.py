@@ -1,4 +1,4 @@
-"""What paged attention reaches: ``python bench/kernels/attention.py [decode] [prefill] [tune] [--out FILE]``.
+"""What paged attention reaches: ``python bench/kernels/attention.py [decode|prefill|tune] [--out FILE]``.
 
 ``decode``: bytes of keys and values read a second, with the cut of the table, and their share of what a copy moves.
 ``prefill``: multiplications a second, counting what a causal row sees, and their share of a large product's.
@@ -19,12 +19,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 
 from penstock.kernels.attention.decode import paged_decode_attention_reference
+from penstock.kernels.attention.decode_kernel import paged_decode_attention_triton
 from penstock.kernels.attention.decode_shapes import CUTS, DecodeShape, Spread, decode_shape
 from penstock.kernels.attention.prefill import paged_prefill_attention, paged_prefill_attention_reference
 
@@ -42,12 +45,14 @@ SPLITS = ((1, 64), (2, 128), (4, 128), (8, 128), (16, 128), (32, 64), (16, 256))
 """Most chunks, tokens of a chunk at least."""
 ROTATED_BYTES = 512 * 2**20
 """Keys and values that take turns: ten times the L2 cache."""
-MOST_LAYERS = 28
+MOST_LAYERS = 64
 WIDTH = 160
 """Of block tables."""
 BOUND = 0.02
 """Of the relative error of what is measured."""
 REPEATS, REPLAYS = 5, 2
+FAILURES = (RuntimeError, TritonError)
+"""What a configuration that does not work may raise, CUDA's errors among them."""
 
 Report = Callable[..., None]
 
@@ -58,7 +63,7 @@ def graph_s(work: Callable[[], object]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    samples = []
+    samples: list[float] = []
     for _ in range(REPEATS):
         begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -103,7 +108,7 @@ def shuffled_tables(lengths: Sequence[int]) -> tuple[Tensor, int]:
     counts = [-(-length // BLOCK_TOKENS) for length in lengths]
     blocks = torch.randperm(sum(counts), device="cuda").int()
     tables = torch.zeros(len(lengths), WIDTH, dtype=torch.int32, device="cuda")
-    for table, own in zip(tables, torch.split(blocks, counts), strict=True):  # type: ignore[no-untyped-call]
+    for table, own in zip(tables, blocks.cpu().split(counts), strict=True):  # type: ignore[no-untyped-call]
         table[: len(own)] = own
     return tables, len(blocks)
 
@@ -145,13 +150,11 @@ class Decode:
 
     def measure(self, shape: DecodeShape) -> float:
         """Bytes a second. Raises WrongResult."""
-        from penstock.kernels.attention.decode_kernel import paged_decode_attention_triton
-
         rows = torch.arange(len(self.query), dtype=torch.int32, device="cuda")
         out = torch.full_like(self.query, float("nan"))
 
-        def attend(layer: tuple[Tensor, Tensor]) -> None:
-            paged_decode_attention_triton(
+        def attend(layer: tuple[Tensor, Tensor]) -> Tensor:
+            return paged_decode_attention_triton(
                 self.query, *layer, self.tables, rows, self.contexts, HEAD_DIM**-0.5, out=out, shape=shape
             )
 
@@ -171,31 +174,32 @@ def mixed_lengths(rows: int) -> list[int]:
     return sorted((source.randint(200, 1500) for _ in range(rows)), reverse=True)
 
 
-def skipping(report: Report, **what: object) -> Callable[[Callable[[], object]], None]:
-    """Runs one measurement; one that fails is reported."""
-    from triton.errors import TritonError
+def attempt(report: Report, what: dict[str, object], measure: Callable[[], dict[str, object]]) -> None:
+    """Report one measurement, or why there is none."""
+    try:
+        figures = measure()
+    except FAILURES as failure:
+        figures = {"failed": reason(failure)}
+    report(**what, **figures)
 
-    def run(measurement: Callable[[], object]) -> None:
-        try:
-            measurement()
-        except (RuntimeError, TritonError) as error:
-            report(**what, failed=f"{type(error).__name__}: {str(error)[:200]}")
 
-    return run
+def reason(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {str(failure)[:200]}"
 
 
 def decode(pages: Pages, copied: float, report: Report) -> None:
     """The table's cuts, at equal and at mixed lengths."""
-    for model, rows in itertools.product(HEADS, ROWS):
-        for name, lengths in [(str(length), [length] * rows) for length in LENGTHS] + [("mixed", mixed_lengths(rows))]:
-            what = {"decode": model, "rows": rows, "lengths": name}
+    for (model, heads), rows in itertools.product(HEADS.items(), ROWS):
+        equal = {str(length): [length] * rows for length in LENGTHS}
+        for name, lengths in (equal | {"mixed": mixed_lengths(rows)}).items():
+            what: dict[str, object] = {"decode": model, "rows": rows, "lengths": name}
+            attempt(report, what, partial(decode_figures, pages, lengths, heads, copied))
 
-            def one(lengths: list[int] = lengths, what: dict[str, object] = what) -> None:
-                case = Decode.of(pages, lengths, HEADS[str(what["decode"])])
-                rate = case.measure(case.shape)
-                report(**what, tb_s=round(rate / 1e12, 3), share_of_copy=round(rate / copied, 3), cut=str(case.shape))
 
-            skipping(report, **what)(one)
+def decode_figures(pages: Pages, lengths: Sequence[int], heads: int, copied: float) -> dict[str, object]:
+    case = Decode.of(pages, lengths, heads)
+    rate = case.measure(case.shape)
+    return {"tb_s": round(rate / 1e12, 3), "share_of_copy": round(rate / copied, 3), "cut": str(case.shape)}
 
 
 def candidates() -> Iterator[DecodeShape]:
@@ -218,11 +222,10 @@ def tune(pages: Pages, copied: float, report: Report, model: str, seconds: float
         if time.monotonic() > deadline:
             break
         for key, case in cases.items():
-
-            def one(case: Decode = case, key: tuple[int, str] = key, shape: DecodeShape = shape) -> None:
+            try:
                 found[key].append((case.measure(shape), shape))
-
-            skipping(report, tune=model, rows=key[0], lengths=key[1], cut=str(shape))(one)
+            except FAILURES as failure:
+                report(tune=model, rows=key[0], lengths=key[1], cut=str(shape), failed=reason(failure))
     for key, tried in found.items():
         tried.sort(key=lambda entry: entry[0], reverse=True)
         table = next((rate for rate, shape in tried if shape == cases[key].shape), None)
@@ -235,17 +238,18 @@ def tune(pages: Pages, copied: float, report: Report, model: str, seconds: float
 
 def prefill(pages: Pages, product: float, report: Report) -> None:
     """Chunks of prompts."""
-    for model, (name, sequences) in itertools.product(HEADS, PREFILLS.items()):
-        what = {"prefill": model, "sequences": name}
+    for (model, heads), (name, sequences) in itertools.product(HEADS.items(), PREFILLS.items()):
+        what: dict[str, object] = {"prefill": model, "sequences": name}
+        attempt(report, what, partial(prefill_figures, pages, sequences, heads, product))
 
-        def one(sequences: list[tuple[int, int]] = sequences, what: dict[str, object] = what) -> None:
-            heads = HEADS[str(what["prefill"])]
-            seconds = prefill_seconds(pages, sequences, heads)
-            seen = sum(rows * cached + rows * (rows + 1) // 2 for cached, rows in sequences)
-            rate = 4 * HEAD_DIM * heads * seen / seconds
-            report(**what, us=round(1e6 * seconds, 1), tflop_s=round(rate / 1e12), share=round(rate / product, 3))
 
-        skipping(report, **what)(one)
+def prefill_figures(
+    pages: Pages, sequences: Sequence[tuple[int, int]], heads: int, product: float
+) -> dict[str, object]:
+    seconds = prefill_seconds(pages, sequences, heads)
+    seen = sum(rows * cached + rows * (rows + 1) // 2 for cached, rows in sequences)
+    rate = 4 * HEAD_DIM * heads * seen / seconds
+    return {"us": round(1e6 * seconds, 1), "tflop_s": round(rate / 1e12, 1), "share": round(rate / product, 3)}
 
 
 def prefill_seconds(pages: Pages, sequences: Sequence[tuple[int, int]], heads: int) -> float:
@@ -278,12 +282,11 @@ def prefill_seconds(pages: Pages, sequences: Sequence[tuple[int, int]], heads: i
 def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=["decode", "prefill", "tune"], help="all, if nothing is named")
+    parser.add_argument("what", nargs="?", choices=["decode", "prefill", "tune", "all"], default="all")
     parser.add_argument("--model", choices=list(HEADS), default="qwen3-0.6b", help="that the tuner takes")
     parser.add_argument("--seconds", type=float, default=30.0, help="of the tuner (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="append the lines to this file, too")
     arguments = parser.parse_args()
-    what = arguments.what or ["decode", "prefill", "tune"]
     torch.manual_seed(0)
     begun = time.monotonic()
 
@@ -300,11 +303,11 @@ def main() -> None:
         copy_tb_s=round(copied / 1e12, 3), product_tflop_s=round(product / 1e12),
     )  # fmt: skip
     pages = Pages(max(ROWS) * max(LENGTHS))
-    if "decode" in what:
+    if arguments.what in ("decode", "all"):
         decode(pages, copied, report)
-    if "prefill" in what:
+    if arguments.what in ("prefill", "all"):
         prefill(pages, product, report)
-    if "tune" in what:
+    if arguments.what in ("tune", "all"):
         tune(pages, copied, report, arguments.model, arguments.seconds)
     report(seconds=round(time.monotonic() - begun, 1))
 

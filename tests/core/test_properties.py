@@ -83,7 +83,7 @@ def test_twenty_thousand_steps(depth: tuple[int, int]) -> None:
 def test_a_hundred_thousand_steps_with_losses(depth: tuple[int, int], repeat: int) -> None:
     rng = random.Random(f"{depth}{repeat} long")
     driver = drive(rng, depth, 100_000, blocks=40, cancels=0.02, arrivals=0.05, repeat=repeat, losses=0.01)
-    assert driver.bursts > 10
+    assert driver.bursts > 0
     assert len({plan.epoch for plan in driver.plans}) > 300
 
 

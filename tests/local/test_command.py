@@ -53,7 +53,7 @@ def test_each_command_has_help(command: str) -> None:
         (["bake"], "unknown command 'bake'"),
         (["serve", "--nope"], "unknown flag --nope"),
         (["serve", "--grpc-adress", "x"], "did you mean --grpc-address?"),
-        (["serve", "--executor", "magic"], "expected one of uniproc, simulated"),
+        (["serve", "--executor", "magic"], "expected one of auto, multiprocess, uniproc, simulated"),
         (["serve", "a", "b"], "MODEL_DIR is given twice"),
         (["serve", "--set", "nonsense"], "expected key=value"),
         (["generate"], "--text is required"),

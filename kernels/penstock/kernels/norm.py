@@ -12,8 +12,8 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     """``residual += x``, then normalise the sum over its last dimension.
 
     ``x`` and ``residual`` [rows, size], contiguous; ``weight`` [size], all of one dtype. The residual is changed in
-    place; None: ``x`` becomes the residual. ``x`` may also be float32 [parts, rows, size], the partial sums of a product
-    split over its inputs; the residual of None is then a new tensor.
+    place; None: ``x`` becomes the residual. ``x`` may also be float32 [parts, rows, size], the partial sums of a
+    product split over its inputs; where there is no residual a new tensor is then one.
 
     What is rounded is what Llama was trained with: the sum, as the residual stores it; its normalised value, the mean
     taken in float32; and the product with the weight. Returns (normalised, residual).

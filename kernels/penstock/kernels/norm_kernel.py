@@ -37,7 +37,8 @@ def add_rms_norm_kernel(
 
 def warps(size: int) -> int:
     """Warps of a program: 16 elements a thread."""
-    return min(16, max(1, triton.next_power_of_2(size) // 512))
+    count: int = triton.next_power_of_2(size) // 512
+    return min(16, max(1, count))
 
 
 def add_rms_norm_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ def gated_product_kernel(
         up = tl.dot(a, tl.load(up_from + first), up)
     gate = gate.to(x.dtype.element_ty).to(tl.float32)
     up = up.to(x.dtype.element_ty).to(tl.float32)
-    value = gate / (1 + tl.exp(-gate)) * up
+    value = (gate / (1 + tl.exp(-gate))).to(x.dtype.element_ty).to(tl.float32) * up
     tl.store(out + row.to(tl.int64)[:, None] * OUTPUTS + output[None, :], value.to(x.dtype.element_ty), mask=inside)
 
 

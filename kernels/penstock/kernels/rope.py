@@ -27,8 +27,8 @@ def rotate_and_store(
     ``qkv`` [rows, (heads + 2 · kv_heads) · head_dim], contiguous; ``positions`` int32 [rows]; ``cos_sin`` float32
     [max_positions, head_dim], cosines in its first half; ``q_weight``, ``k_weight`` [head_dim], both or neither:
     normalise each head before the rotation as :func:`penstock.kernels.norm.add_rms_norm` does (Qwen3); ``keys``,
-    ``values`` [blocks, block_tokens, kv_heads, head_dim], contiguous; ``slot_mapping`` int64 [rows]: where in them, seen
-    as [blocks · block_tokens, …], each row goes. Rows that go to the same place leave any of them there. The places are
+    ``values`` [blocks, block_tokens, kv_heads, head_dim], contiguous; ``slot_mapping`` int64 [rows]: where in them,
+    seen as [blocks · block_tokens, …], each row goes. Of rows that go to the same place any may stay there. Places are
     not checked.
 
     Components ``i`` and ``i + head_dim / 2`` are a pair (Su et al. 2021), rotated in float32. Returns the queries

@@ -40,7 +40,7 @@ class Linear:
         return self._products(x, self._base, self.bias)
 
     def in_parts(self, x: Tensor) -> Tensor:
-        """The same, or float32 [parts, rows, all outputs] whose sum it is where that is faster, for a norm behind it."""
+        """The same, or float32 [parts, rows, all outputs] of which it is the sum, where that is faster: for a norm."""
         shape = split_shape(x, self._base) if self.bias is None else None
         return self(x) if shape is None else split_product(x, self._base, shape)
 

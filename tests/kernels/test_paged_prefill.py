@@ -1,0 +1,191 @@
+"""Prefill attention against the definition, written out in float64, over pages that are NaN wherever nobody wrote.
+
+``TRITON_INTERPRET=1`` runs the kernel without a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from penstock.kernels.attention.prefill import paged_prefill_attention
+from penstock.kernels.dispatch import INTERPRETED
+
+NAN = float("nan")
+NARROW = torch.float16 if INTERPRETED else torch.bfloat16
+"""The interpreter multiplies the bit patterns of bfloat16 (Triton 3.6); to the kernel, float16 is the same."""
+BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Of the error of a row, relative to its length."""
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, NARROW], ids=str)
+GPU = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+)
+on_every_device = pytest.mark.parametrize(
+    "device", [pytest.param("cpu", id="interpreted" if INTERPRETED else "reference"), GPU]
+)
+
+Lengths = Sequence[tuple[int, int]]
+"""(cached tokens, rows of this step) of each sequence."""
+
+
+def attended(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """By definition: ``query`` [rows, heads, head_dim] at the end of [context, heads, head_dim]; float64."""
+    rows, context = query.shape[0], key.shape[0]
+    scores = torch.einsum("qhd,thd->hqt", query, key) * scale
+    hidden = torch.ones(rows, context, dtype=torch.bool, device=query.device).triu(context - rows + 1)
+    return torch.einsum("hqt,thd->qhd", scores.masked_fill_(hidden, -math.inf).softmax(-1), value)
+
+
+class Case:
+    """Sequences in shuffled pages, each with a random past; what belongs to nobody is NaN."""
+
+    def __init__(
+        self,
+        lengths: Lengths,
+        *,
+        device: str,
+        dtype: torch.dtype,
+        kv_heads: int = 1,
+        group: int = 2,
+        head_dim: int = 64,
+        block_tokens: int = 64,
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(len(lengths) + head_dim)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+        counts = [rows for _, rows in lengths]
+        contexts = [cached + rows for cached, rows in lengths]
+        pages = [-(-context // block_tokens) for context in contexts]
+        free = torch.randperm(sum(pages) + 2, generator=generator, device=device)
+        self.tables = torch.full((len(lengths) + 1, max(pages) + 2), -1, dtype=torch.int32, device=device)
+        self.slots = torch.randperm(len(lengths), generator=generator, device=device).int()
+        shape = (len(free), block_tokens, kv_heads, head_dim)
+        self.keys, self.values = (torch.full(shape, NAN, dtype=dtype, device=device) for _ in range(2))
+        self.query = random(sum(counts), kv_heads * group, head_dim) * 3
+        self.expected = torch.empty(self.query.shape, dtype=torch.float64, device=device)
+        self.starts = torch.tensor([0, *counts], device=device).cumsum(0).int()
+        self.contexts = torch.tensor(contexts, dtype=torch.int32, device=device)
+        self.longest = max(counts)
+        self.scale = 1 / math.sqrt(head_dim)
+        for sequence, context in enumerate(contexts):
+            blocks, free = free[: pages[sequence]], free[pages[sequence] :]
+            self.tables[self.slots[sequence], : len(blocks)] = blocks.int()
+            place = torch.arange(context, device=device)
+            past = random(2, context, kv_heads, head_dim)
+            for cache, written in zip((self.keys, self.values), past, strict=True):
+                cache[blocks[place // block_tokens], place % block_tokens] = written
+            rows = slice(int(self.starts[sequence]), int(self.starts[sequence + 1]))
+            for head in range(kv_heads):
+                heads = slice(head * group, (head + 1) * group)
+                key, value = past[:, :, head : head + 1].double().expand(-1, -1, group, -1)
+                self.expected[rows, heads] = attended(self.query[rows, heads].double(), key, value, self.scale)
+
+    def attend(self, out: Tensor | None = None) -> Tensor:
+        tables = (self.tables, self.slots, self.starts, self.contexts, self.longest)
+        out = torch.full_like(self.query, NAN) if out is None else out
+        assert paged_prefill_attention(self.query, self.keys, self.values, *tables, self.scale, out=out) is out
+        return out
+
+    def check(self, out: Tensor) -> None:
+        """Every row within its bound."""
+        error = (out.double() - self.expected).flatten(1).norm(dim=1) / self.expected.flatten(1).norm(dim=1)
+        assert (error <= BOUND[self.query.dtype]).all(), error.max()
+
+
+@on_every_device
+@DTYPES
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "head_dim", "block_tokens"),
+    [(2, 2, 128, 64), (1, 4, 128, 16), (3, 1, 64, 32), (1, 3, 80, 64), (1, 5, 96, 16), (1, 8, 64, 64), (2, 1, 256, 64)],
+)
+def test_equals_the_definition(
+    device: str, dtype: torch.dtype, kv_heads: int, group: int, head_dim: int, block_tokens: int
+) -> None:
+    lengths = [(0, 17), (63, 2), (64, 1), (5, 0), (50, 33), (0, 1), (129, 70)]
+    case = Case(
+        lengths,
+        device=device,
+        dtype=dtype,
+        kv_heads=kv_heads,
+        group=group,
+        head_dim=head_dim,
+        block_tokens=block_tokens,
+    )
+    case.check(case.attend())
+
+
+@on_every_device
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200])
+@pytest.mark.parametrize("cached", [0, 1, 62, 63, 64, 127])
+def test_ends_of_tiles(device: str, dtype: torch.dtype, cached: int, rows: int) -> None:
+    """The first row sees the cached prefix and itself, the last one all, whatever the tiles are."""
+    case = Case([(cached, rows)], device=device, dtype=dtype, group=1)
+    case.check(case.attend())
+
+
+@on_every_device
+def test_allocates_its_output(device: str) -> None:
+    case = Case([(3, 4), (0, 9)], device=device, dtype=torch.float32)
+    tables = (case.tables, case.slots, case.starts, case.contexts, case.longest)
+    case.check(paged_prefill_attention(case.query, case.keys, case.values, *tables, case.scale))
+
+
+@on_every_device
+@DTYPES
+def test_a_longer_bound_changes_nothing(device: str, dtype: torch.dtype) -> None:
+    """``max_query`` may be more than any sequence has."""
+    case = Case([(3, 20), (0, 9)], device=device, dtype=dtype)
+    case.longest = 300
+    case.check(case.attend())
+
+
+@on_every_device
+@DTYPES
+def test_writes_its_own_rows_only(device: str, dtype: torch.dtype) -> None:
+    case = Case([(20, 30), (0, 3)], device=device, dtype=dtype)
+    around = torch.full((50, *case.query.shape[1:]), NAN, dtype=dtype, device=device)
+    case.check(case.attend(around[7:40]))
+    assert around[:7].isnan().all()
+    assert around[40:].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@DTYPES
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "head_dim"), [(8, 2, 128), (8, 4, 128), (2, 4, 64), (2, 2, 256)], ids=str
+)
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param([(0, 1024)] * 4, id="4 of 1024"),
+        pytest.param([(0, 4096)], id="1 of 4096"),
+        pytest.param([(4096, 512), (1000, 512)], id="512 over 4096"),
+        pytest.param([(0, 7), (3000, 1), (777, 333), (0, 2049), (64, 64)], id="mixed"),
+    ],
+)
+def test_real_shapes(dtype: torch.dtype, kv_heads: int, group: int, head_dim: int, lengths: Lengths) -> None:
+    case = Case(lengths, device="cuda", dtype=dtype, kv_heads=kv_heads, group=group, head_dim=head_dim)
+    case.check(case.attend())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_blocks_far_into_a_large_cache() -> None:
+    """Offsets beyond 2³¹ elements."""
+    case = Case([(100, 200), (0, 30)], device="cuda", dtype=torch.bfloat16, kv_heads=8, head_dim=128)
+    far = 2**31 // case.keys[0].numel() + 5
+    for name in ("keys", "values"):
+        near = getattr(case, name)
+        large = torch.empty(far + near.shape[0], *near.shape[1:], dtype=near.dtype, device="cuda")
+        large[far:] = near
+        setattr(case, name, large)
+    case.tables += far
+    case.check(case.attend())
