@@ -126,6 +126,14 @@ def test_sampled_tokens_are_the_same_alone_and_in_a_crowd(folder: Path, depth: i
     assert other.output != alone[0].output
 
 
+def test_min_p_of_one_leaves_the_best_token(folder: Path, kind: Kind) -> None:
+    requests = [Request(prompt, 12, Sampling(temperature=2.0, min_p=1.0), seed=7) for prompt in prompts(6, seed=8)]
+    with started(spec(folder, 2, **kind)) as (executor, info):
+        HandScheduler(executor, info, seed=9).run(requests)
+    for request in requests:
+        assert request.output == greedy(folder, request)
+
+
 def test_bfloat16_runs(folder: Path, kind: Kind) -> None:
     request = Request(prompts(1)[0], 8)
     with started(spec(folder, dtype="bfloat16", **kind)) as (executor, info):
@@ -254,6 +262,11 @@ def test_what_the_model_info_says(folder: Path) -> None:
         ({"max_model_tokens": 513}, "max_model_tokens 513 is not within the model's 512"),
         ({"num_blocks": None, "kv_cache_bytes": 100}, "no room for one block"),
         ({"block_tokens": 0}, "block_tokens is 0"),
+        ({"block_tokens": 48, "resident": True}, "block_tokens is 48, must be a power of two"),
+        ({"device": "cuda:7"}, "device 'cuda:7' is not there"),
+        ({"device": "tpu"}, "is not known"),
+        ({"load_format": "pickle"}, "load_format 'pickle' is not supported"),
+        ({"resident": True, "num_blocks": 10**9}, "1000000000 blocks"),
     ],
 )
 def test_a_start_that_fails_says_why_in_one_line(changes: dict[str, object], line: str, folder: Path) -> None:

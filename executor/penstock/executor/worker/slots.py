@@ -129,6 +129,7 @@ class SlotTensors:
                 top_p=torch.ones(slots),
                 seed=column(),
                 sample_index=column(),
+                min_p=torch.zeros(slots),
             ),
         )
 
@@ -153,11 +154,13 @@ class SlotTensors:
         rows.temperature[slot] = admission.sampling.temperature
         rows.top_k[slot] = min(admission.sampling.top_k, MANY)
         rows.top_p[slot] = admission.sampling.top_p
+        if rows.min_p is not None:
+            rows.min_p[slot] = admission.sampling.min_p
         rows.seed[slot] = signed_64(admission.seed)
         rows.sample_index[slot] = admission.sample_index & 0xFFFFFFFF
 
 
-SUPPORTED = frozenset({"temperature", "top_p", "top_k"})
+SUPPORTED = frozenset({"temperature", "top_p", "top_k", "min_p"})
 DEFAULTS = Sampling()
 
 

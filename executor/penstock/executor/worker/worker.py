@@ -65,6 +65,8 @@ class Worker:
         from penstock.executor.worker.device.runner import MAX_REPEAT
         from penstock.executor.worker.device.start import start_on_device
 
+        if spec.block_tokens & (spec.block_tokens - 1):
+            raise ExecutorError(f"block_tokens is {spec.block_tokens}, must be a power of two on a device")
         started = start_on_device(spec, device, progress)
         info = msgspec.structs.replace(
             _describe(spec, started.loaded, started.capacity),
