@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 
 @functools.cache
 def load_reference(folder: Path) -> Any:
     """The model in float32."""
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def greedy_tokens(folder: Path, prompt: Sequence[int], max_tokens: int) -> list[int]:

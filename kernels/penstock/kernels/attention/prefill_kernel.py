@@ -114,11 +114,11 @@ def paged_prefill_attention_triton(
         return out
     dim = max(16, triton.next_power_of_2(head_dim))
     wide = query.dtype != torch.float32
-    rows = (128 if max_query > 64 else 64 if max_query > 16 else 16) if wide else 16
+    rows = 64 if wide and max_query > 16 else 16
     prefill_kernel[(triton.cdiv(max_query, rows), heads, sequence_slots.numel())](
         query, keys, values, block_tables, sequence_slots, query_start, context_lengths, out, scale * _LOG2E,
         heads, kv_heads, head_dim, dim, block_tables.stride(0), block_tokens, rows,
-        max(_SMALLEST_TILE, min(64 if wide else 16, block_tokens)), 3 if wide else 1, full_precision(query.dtype),
-        num_warps=8 if rows == 128 else 4,
+        max(_SMALLEST_TILE, min(64 if wide else 16, block_tokens)), 2 if wide else 1, full_precision(query.dtype),
+        num_warps=8 if head_dim > 128 else 4,
     )  # fmt: skip
     return out

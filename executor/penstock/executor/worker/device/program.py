@@ -49,7 +49,7 @@ class Program:
         self.state = BatchState.allocate(self.layout, device, scratch_block=capacity.num_blocks)
         self.rows = StepRows.allocate(rows + max_step_tokens, device)
         self.output = TailOutput.allocate(rows, capacity.vocab_size, device)
-        self._logits = torch.empty(rows, capacity.vocab_size, dtype=pages[0].keys.dtype, device=device)
+        self.logits = torch.empty(rows, capacity.vocab_size, dtype=pages[0].keys.dtype, device=device)
 
     def apply(self, words: Tensor) -> None:
         """Change the state: int32 [2 n] of (offset, word) pairs."""
@@ -69,11 +69,11 @@ class Program:
         gather_rows(self.state, rows, self._block_tokens, self.rows)
         step = DeviceStep(self.state, self.rows, rows, spread=spread)
         hidden = self._model.forward(self.rows.ids[:rows], step, self._pages)
-        self._model.logits(hidden, out=self._logits[:rows])
+        self._model.logits(hidden, out=self.logits[:rows])
 
     def choose(self, rows: int, *, filtered: bool) -> None:
         """The next tokens of the first ``rows`` rows of the decode batch."""
-        sample_step(self._logits[:rows], self.state.row_slots[:rows], self.state, self.output, filtered=filtered)
+        sample_step(self.logits[:rows], self.state.row_slots[:rows], self.state, self.output, filtered=filtered)
 
     def mixed(self, decodes: int, step: MixedStep, *, spread: Spread) -> int:
         """The logits of ``decodes`` rows of the decode batch and of chunks that complete; returns how many."""
@@ -85,13 +85,13 @@ class Program:
         hidden = self._model.forward(self.rows.ids[:count], attention, self._pages, step.chosen)
         samples = step.chosen.numel()
         if samples:
-            self._model.logits(hidden, out=self._logits[:samples])
+            self._model.logits(hidden, out=self.logits[:samples])
         return samples
 
     def choose_mixed(self, step: MixedStep, *, filtered: bool) -> None:
         """The next tokens of the samples of a mixed step."""
         samples = step.chosen.numel()
-        sample_step(self._logits[:samples], step.sample_slots, self.state, self.output, filtered=filtered)
+        sample_step(self.logits[:samples], step.sample_slots, self.state, self.output, filtered=filtered)
 
     def forget(self) -> None:
         """No slot is live."""

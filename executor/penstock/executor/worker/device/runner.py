@@ -213,6 +213,10 @@ class DeviceRunner:
 
     # ---- measurement ----
 
+    def logits(self, rows: int) -> Tensor:
+        """[rows, vocabulary]: those of the last step, in the order of its samples. For tests."""
+        return self._program.logits[:rows]
+
     @torch.inference_mode()
     def replay(self, rows: int, steps: int) -> int:
         """Nanoseconds a step of the decode batch takes when nothing is between the steps; its tokens are not told.
