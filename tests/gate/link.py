@@ -154,6 +154,7 @@ class Service:
         self.beats = True
         self.reads = True
         self._changed = asyncio.Event()
+        self._writing = asyncio.Lock()
         self._channel: grpc.aio.Channel | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -188,7 +189,8 @@ class Service:
             self._channel = None
 
     async def say(self, **kind: Any) -> None:
-        await self.call.write(ConnectRequest(**kind))
+        async with self._writing:  # beats come from a task of their own, and a stream takes one write at a time
+            await self.call.write(ConnectRequest(**kind))
 
     async def submit(self, message: Submit) -> int:
         """Submit, and wait for the handle. Raises AssertionError if it is rejected."""
