@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from penstock.executor.layers.cublaslt import CublasLt
 from penstock.executor.layers.linear import Linear
-from penstock.executor.layers.matmul import Products
+from penstock.executor.layers.matmul import Choice, Products
 from penstock.executor.layers.norm import RMSNorm
 from penstock.executor.layers.placement import Placement
 from penstock.executor.layers.rotary import RotaryEmbedding
@@ -61,7 +62,7 @@ def test_the_table_holds_the_rotation_of_every_position(kind: str) -> None:
 def test_nothing_is_chosen_where_nothing_can_be_measured() -> None:
     products = Products()
     products.tune([1, 2], [torch.randn(4, 8)], limit_s=1)
-    assert not products.prefer_lt
+    assert not products.chosen
 
 
 @pytest.mark.gpu
@@ -71,18 +72,20 @@ def test_products_agree_whatever_was_chosen(dtype: torch.dtype) -> None:
     weights = [torch.randn(768, 512, device="cuda", dtype=dtype) / 20 for _ in range(4)]
     rows = [1, 16, 48, 130]
     products.tune(rows, weights, limit_s=30)
-    assert products.prefer_lt <= {(count, 768, 512) for count in rows}
-    before = torch.backends.cuda.preferred_blas_library()
-    products.prefer_lt |= {(16, 768, 512), (130, 768, 512)}
+    assert set(products.chosen) <= {(count, 768, 512) for count in rows}
+    if dtype == torch.bfloat16:
+        found = CublasLt(weights[0].device).product(130, 768, 512)
+        products.chosen[130, 768, 512] = Choice(found, found.algorithms(4)[-1])
     for count in rows:
         x = torch.randn(count, 512, device="cuda", dtype=dtype)
         expected = linear(x.double(), weights[0].double())
         out = torch.empty(count, 768, device="cuda", dtype=dtype)
+        once = torch.ones(count, 768, device="cuda", dtype=dtype)
+        torch.testing.assert_close(products.add_to(once, x, weights[0]) - 1, expected.to(dtype), atol=3e-2, rtol=3e-2)
         for result in (products(x, weights[0]), products(x, weights[0], out=out)):
             assert result.is_contiguous()
             error = (result.double() - expected).abs().max() / expected.abs().max()
             assert error < (1e-2 if dtype == torch.bfloat16 else 1e-5)
-    assert torch.backends.cuda.preferred_blas_library() == before
 
 
 @pytest.mark.gpu

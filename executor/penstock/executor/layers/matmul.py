@@ -1,33 +1,49 @@
-"""The product of rows and a weight: torch's, through the library that is the faster one for its shape.
+"""The product of rows and a weight: torch's, or the cuBLASLt algorithm that was measured to be the fastest one.
 
-cuBLAS and cuBLASLt choose different kernels for one and the same product, and neither choice is the better one
-everywhere: for the batches of decode steps they differ by up to a tenth. :meth:`Products.tune` measures both as such a
-step will meet them: replayed from a CUDA graph, one layer's weight after another, so that none is still in a cache.
-
-A third way is to swap the operands, ``(W xᵀ)ᵀ``. At some sizes it wins about as much as it then costs to bring its
-result, which is column-major, into the order that everything behind it reads.
+Torch takes what the library's heuristics put first. :meth:`Products.tune` measures their first few as steps will meet
+them: one layer's weight after another, so that none is still in a cache, the launches queued so that none waits for
+the host.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from penstock.executor.layers.cublaslt import Algorithm, CublasLt, CublasLtError, LtProduct
+
 Shape = tuple[int, int, int]
 """Rows, outputs, inputs."""
 
-WORTH: Final = 0.98
-"""cuBLASLt is chosen if it takes at most this share of the time of torch's own choice."""
-REPLAYS: Final = 4
-COLD_BYTES: Final = 200 * 2**20
-"""Weights of which each replay reads at least so much are not found in a cache: four times that of an H200."""
+WORTH: Final = 0.97
+"""An algorithm is chosen if it takes at most this share of the time of torch's own choice."""
+CANDIDATES: Final = 8
+REPEATS: Final = 3
+COLD_BYTES: Final = 100 * 2**20
+"""Weights of which each repeat reads at least so much are not found in a cache: twice that of an H200."""
+LAUNCHES: Final = 8
+"""Of a repeat, at least: a single one would be as short as what is uncertain about it."""
+QUEUE_CYCLES: Final = 200_000
+"""For about so many cycles of its clock the device is held up, so that launches are queued when it begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An algorithm for one shape."""
+
+    product: LtProduct
+    algorithm: Algorithm
+
+    def run(self, x: Tensor, weight: Tensor, out: Tensor, *, add: bool = False) -> None:
+        """See :meth:`LtProduct.run`."""
+        self.product.run(self.algorithm, x, weight, out, add=add)
 
 
 class Products:
@@ -35,97 +51,109 @@ class Products:
 
     def __init__(self) -> None:
         """Nothing is measured yet."""
-        self.prefer_lt: set[Shape] = set()
-        """Where :meth:`tune` found cuBLASLt to be faster."""
+        self.chosen: dict[Shape, Choice] = {}
+        """Where :meth:`tune` found an algorithm that is faster than torch's."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """``x Wᵀ + b``: [rows, inputs] · [outputs, inputs] → [rows, outputs], contiguous.
 
         ``out`` takes the result of a product without bias.
         """
-        if self.prefer_lt and (x.shape[0], *weight.shape) in self.prefer_lt:
-            with _lt():
-                return _product(x, weight, bias, out)
-        return _product(x, weight, bias, out)
+        choice = self._choice(x, weight) if bias is None else None
+        if choice is None:
+            return linear(x, weight, bias) if out is None else torch.mm(x, weight.t(), out=out)
+        out = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
+        if not LtProduct.takes(x, weight, out):
+            return torch.mm(x, weight.t(), out=out)
+        choice.run(x, weight, out)
+        return out
+
+    def add_to(self, residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """``residual += x Wᵀ``: [rows, outputs], in place; what is rounded is the sum."""
+        choice = self._choice(x, weight)
+        if choice is None or not LtProduct.takes(x, weight, residual):
+            return torch.addmm(residual, x, weight.t(), out=residual)
+        choice.run(x, weight, residual, add=True)
+        return residual
+
+    def _choice(self, x: Tensor, weight: Tensor) -> Choice | None:
+        return self.chosen.get((x.shape[0], weight.shape[0], weight.shape[1])) if self.chosen else None
 
     @torch.inference_mode()
     def tune(self, rows: Sequence[int], weights: Iterable[Tensor], *, limit_s: float) -> None:
-        """Measure both libraries for each number of ``rows`` with each shape of ``weights``; the heaviest shape first.
+        """Measure the algorithms for each number of ``rows`` with each shape of ``weights``; the heaviest shape first.
 
-        ``weights`` [outputs, inputs] each: those of all layers, all of one dtype, on one GPU; others are passed over.
+        ``weights`` [outputs, inputs] each: those of all layers, all of one dtype; only bfloat16 on a GPU is tuned.
         No capture may be going on. Ends early after ``limit_s`` seconds; what was not measured until then stays
         torch's choice. Of near-equals either may win, so that the last bits of a result can differ from run to run.
         """
         deadline = time.monotonic() + limit_s
         by_shape: defaultdict[tuple[int, int], list[Tensor]] = defaultdict(list)
         for weight in weights:
-            if weight.is_cuda:
+            if weight.is_cuda and LtProduct.takes(weight):
                 by_shape[weight.shape[0], weight.shape[1]].append(weight)
         bench = _Bench()
         for shape, alike in sorted(by_shape.items(), key=lambda item: -len(item[1]) * item[1][0].numel()):
-            some = alike[: 1 + COLD_BYTES // alike[0].nbytes]
+            some = alike[: max(LAUNCHES, 1 + COLD_BYTES // alike[0].nbytes)]
             for count in rows:
                 if time.monotonic() >= deadline:
                     return
-                if bench.prefers_lt(count, some):
-                    self.prefer_lt.add((count, *shape))
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-    if out is None:
-        return linear(x, weight, bias)
-    return torch.mm(x, weight.t(), out=out)
-
-
-@contextmanager
-def _lt() -> Iterator[None]:
-    before = torch.backends.cuda.preferred_blas_library()
-    torch.backends.cuda.preferred_blas_library("cublaslt")
-    try:
-        yield
-    finally:
-        torch.backends.cuda.preferred_blas_library(before)
+                found = bench.fastest(count, some)
+                if found is not None:
+                    self.chosen[count, *shape] = found
 
 
 class _Bench:
     """Times products of weights that stand in for those of a step."""
 
     def __init__(self) -> None:
-        self._stream: torch.cuda.Stream | None = None
+        self._library: CublasLt | None = None
 
-    def prefers_lt(self, rows: int, weights: Sequence[Tensor]) -> bool:
-        """Whether cuBLASLt is the faster one by enough, and agrees with the other."""
-        x = torch.randn(rows, weights[0].shape[1], dtype=weights[0].dtype, device=weights[0].device)
-        expected, taken = linear(x, weights[0]), self._replay_ms(x, weights)
-        with _lt():
-            return _agree(linear(x, weights[0]), expected) and self._replay_ms(x, weights) <= WORTH * taken
+    def fastest(self, rows: int, weights: Sequence[Tensor]) -> Choice | None:
+        """The algorithm that takes the least time, agrees with torch, and beats it by enough; None if there is none."""
+        outputs, inputs = weights[0].shape
+        x = torch.randn(rows, inputs, dtype=weights[0].dtype, device=weights[0].device)
+        out = x.new_empty(rows, outputs)
+        expected = linear(x, weights[0])
+        try:
+            if self._library is None:
+                self._library = CublasLt(x.device)
+            product = self._library.product(rows, outputs, inputs)
+            choices = [Choice(product, algorithm) for algorithm in product.algorithms(CANDIDATES)]
+        except CublasLtError:
+            return None
+        best, least = None, WORTH * _milliseconds(lambda weight: torch.mm(x, weight.t(), out=out), weights)
+        for choice in choices:
+            taken = self._measured(choice, x, weights, out, expected)
+            if taken is not None and taken <= least:
+                best, least = choice, taken
+        return best
 
-    def _replay_ms(self, x: Tensor, weights: Sequence[Tensor]) -> float:
-        """Milliseconds for the products of ``x`` with all ``weights``: the best of a few replays."""
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
-        self._stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(self._stream):
-            linear(x, weights[0])  # takes work space and chooses an algorithm: neither may happen while capturing
-            # Not through torch.cuda.graph: that empties caches before each of many captures.
-            graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                for weight in weights:
-                    linear(x, weight)
-            finally:
-                graph.capture_end()
-            graph.replay()
-            return min(_timed_ms(graph) for _ in range(REPLAYS))
+    def _measured(
+        self, choice: Choice, x: Tensor, weights: Sequence[Tensor], out: Tensor, expected: Tensor
+    ) -> float | None:
+        try:
+            choice.run(x, weights[0], out)
+        except CublasLtError:
+            return None
+        if not _agree(out, expected):
+            return None
+        return _milliseconds(lambda weight: choice.run(x, weight, out), weights)
 
 
-def _timed_ms(graph: torch.cuda.CUDAGraph) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    begin.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end))
+def _milliseconds(launch: Callable[[Tensor], object], weights: Sequence[Tensor]) -> float:
+    """For a launch with each of ``weights``: the best of a few repeats."""
+    taken = []
+    for _ in range(REPEATS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(QUEUE_CYCLES)  # type: ignore[no-untyped-call]
+        begin.record()
+        for weight in weights:
+            launch(weight)
+        end.record()
+        end.synchronize()
+        taken.append(float(begin.elapsed_time(end)))
+    return min(taken)
 
 
 def _agree(result: Tensor, expected: Tensor) -> bool:

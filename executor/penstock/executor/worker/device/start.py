@@ -25,8 +25,10 @@ from penstock.executor.worker.model_runner import LoadedModel, load_model
 from penstock.executor.worker.slots import Capacity
 from penstock.kernels.attention.decode_shapes import Spread
 
+TUNED_ROWS = 40
+"""With fewer rows most products are kernels of our own."""
 TUNE_SECONDS = 4.0
-"""Spent at most on choosing libraries for the matrix products of decode steps."""
+"""Spent at most on choosing algorithms for the matrix products of a full step, and again for those of decode steps."""
 
 
 @dataclass(slots=True)
@@ -43,7 +45,8 @@ class StartReport:
         yield
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        self.milliseconds[name] = round(1000 * (time.perf_counter() - started))
+        taken = round(1000 * (time.perf_counter() - started))
+        self.milliseconds[name] = self.milliseconds.get(name, 0) + taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,10 @@ def start_on_device(spec: ModelSpec, device: torch.device, progress: Progress) -
         on_bytes = functools.partial(progress, "weights")
         loaded = load_model(Path(spec.path), spec.dtype, on_bytes, device=device, load_format=spec.load_format)
     report.bytes["weights"] = loaded.weights.weight_bytes
+    if device.type == "cuda":
+        with report.stage("products", device):
+            loaded.model.tune([spec.max_step_tokens], TUNE_SECONDS, head=False)
+            torch.cuda.empty_cache()
     longest = longest_sequence(spec, loaded.config.max_positions)
     shape = PageShape.of(loaded.config, spec.block_tokens, loaded.dtype)
     with report.stage("profile", device):
@@ -87,7 +94,9 @@ def start_on_device(spec: ModelSpec, device: torch.device, progress: Progress) -
                 _run_full_step(program, spec.max_step_tokens, longest)
         if device.type == "cuda" and spec.cuda_graphs:
             with report.stage("products", device):
-                loaded.model.tune(graph_sizes(spec.max_sequences), limit_s=TUNE_SECONDS)
+                loaded.model.tune(
+                    [rows for rows in graph_sizes(spec.max_sequences) if rows >= TUNED_ROWS], TUNE_SECONDS
+                )
             with report.stage("graphs", device):
                 captured = graphs.capture(spec.max_sequences, device, functools.partial(progress, "graphs"))
             report.bytes["graphs"] = captured.bytes
