@@ -28,6 +28,7 @@ from penstock.executor.step import ModelInfo, ModelSpec, Sampling, StepResult, p
 from penstock.executor.uniproc import UniprocExecutor
 from penstock.executor.worker.device.runner import DeviceRunner
 from penstock.executor.worker.worker import Worker
+from penstock.local.offline.llm import longest_first
 from penstock.scheduler.core.planner import Core
 from penstock.scheduler.core.policies.fcfs import FirstComeFirstServed
 from penstock.scheduler.records.commands import Submit, SubmitSample
@@ -105,7 +106,7 @@ def spec_of(arguments: argparse.Namespace, **changes: Any) -> ModelSpec:
         "load_format": "dummy",
         "device": arguments.device,
         "max_sequences": 256,
-        "max_step_tokens": 8192,
+        "max_step_tokens": 16_384,
         "max_model_tokens": 4096,
         "plans_in_flight": 2,
     }
@@ -250,7 +251,7 @@ def picture(spans: Sequence[tuple[float, float, str]], width: int = 1400, rows: 
 
 
 def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
-    """256 requests, prompts and outputs of 100 to 1024 tokens drawn from seed 0, all at once."""
+    """256 requests, prompts and outputs of 100 to 1024 tokens drawn from seed 0, all at once, begun as LLM does."""
     engine = Engine(spec_of(arguments, max_step_tokens=arguments.step_tokens, max_sequences=arguments.sequences))
     random.seed(0)
     prompts = [[random.randint(0, 10_000) for _ in range(random.randint(100, 1024))] for _ in range(256)]
@@ -260,8 +261,8 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
         engine.tokens = 0
         engine.results.clear()
         start = time.perf_counter()
-        for prompt, length in zip(prompts, lengths, strict=True):
-            engine.submit(prompt, length, arguments.temperature)
+        for number in longest_first(lengths):
+            engine.submit(prompts[number], lengths[number], arguments.temperature)
         engine.run(lambda: False)
         seconds = time.perf_counter() - start
         assert engine.tokens == sum(lengths)
@@ -295,7 +296,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16, 32, 64, 96, 128, 192, 256])
     parser.add_argument("--context", type=int, default=600)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--step-tokens", type=int, default=8192)
+    parser.add_argument("--step-tokens", type=int, default=16_384)
     parser.add_argument("--sequences", type=int, default=256, help="at once, for throughput")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--temperature", type=float, default=0.6)

@@ -11,6 +11,7 @@ import pytest
 
 from penstock.executor.executor import ExecutorError
 from penstock.local import LLM, LLMEngine, SamplingParams, embedded
+from penstock.local.offline.llm import longest_first
 from support.reference import greedy_tokens
 from support.tiny_llama import TinyLlama, build_tiny_llama
 
@@ -40,6 +41,12 @@ def test_greedy_tokens_are_those_of_transformers_in_the_order_of_the_prompts(llm
         assert output.first_token_s is not None
         assert output.finished_s is not None
         assert 0 < output.first_token_s <= output.finished_s
+
+
+def test_those_that_make_most_begin_first() -> None:
+    assert longest_first([3, None, 7, 7, 1]) == [1, 2, 3, 0, 4]
+    assert longest_first([None, None]) == [0, 1]
+    assert longest_first([]) == []
 
 
 def test_text_in_and_out(llm: LLM) -> None:

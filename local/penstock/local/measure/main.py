@@ -56,7 +56,7 @@ class BenchConfig(msgspec.Struct, frozen=True, kw_only=True):
         Literal["safetensors", "dummy"], Meta(description="dummy: weights are drawn instead of read.")
     ] = "safetensors"
     max_sequences: Annotated[Count | None, Meta(description="None: 64 on a CPU, 256 on a GPU.")] = None
-    max_step_tokens: Annotated[Count | None, Meta(description="None: 512 on a CPU, 8192 on a GPU.")] = None
+    max_step_tokens: Annotated[Count | None, Meta(description="None: 512 on a CPU, 16384 on a GPU.")] = None
     max_model_tokens: Annotated[Count | None, Meta(description="None: the model's own.")] = None
     json: Annotated[Path | None, Meta(description="Where the whole result goes.")] = None
     progress: Annotated[bool, Meta(description="Show how far it is.")] = True

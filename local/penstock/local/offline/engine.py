@@ -105,7 +105,7 @@ class LLMEngine:
         """Load the model of a local folder.
 
         ``executor``: "uniproc" (the model in this process), "multiprocess" (in one of its own), "simulated", or "auto":
-        multiprocess if there is a GPU. None: 64 sequences and steps of 512 tokens on a CPU, 256 and 8,192 on a GPU.
+        multiprocess if there is a GPU. None: 64 sequences and steps of 512 tokens on a CPU, 256 and 16,384 on a GPU.
         ``seed``: of the seeds that requests do not bring. Raises ExecutorError with one line if it cannot be loaded.
         """
         gpu = device != "cpu" and executor != "simulated" and has_gpu()
@@ -115,7 +115,7 @@ class LLMEngine:
             device=device,
             dtype=dtype,
             max_sequences=(256 if gpu else 64) if max_sequences is None else max_sequences,
-            max_step_tokens=(8192 if gpu else 512) if max_step_tokens is None else max_step_tokens,
+            max_step_tokens=(16_384 if gpu else 512) if max_step_tokens is None else max_step_tokens,
             max_model_tokens=max_model_tokens,
             block_tokens=block_tokens,
             num_blocks=num_blocks,

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self, TextIO
 
@@ -34,21 +34,25 @@ class LLM:
         ``prompts``: texts or token ids, one or many; ``params``: for all of them, or one for each. A prompt that fails
         in computation has ``finish_reason`` "error"; the others do not notice. Raises ValueError, before anything is
         computed, if a prompt does not fit or their numbers differ; TypeError for what is no prompt.
+
+        Those that may make most tokens begin first, so that the last steps are not of a few that came late (Graham
+        1969, "Bounds on multiprocessing timing anomalies").
         """
         many = _listed(prompts)
         chosen = [params] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(chosen) != len(many):
             raise ValueError(f"{len(many)} prompts and {len(chosen)} params")
-        outputs: list[RequestOutput] = []
+        outputs: dict[int, RequestOutput] = {}
+        first, self._requests = self._requests + 1, self._requests + len(many)
         try:
-            for prompt, one in zip(many, chosen, strict=True):
-                self._requests += 1
-                outputs.append(self.engine.add_request(f"generate-{self._requests}", prompt, one))
+            for number in longest_first([one.max_tokens if one else None for one in chosen]):
+                request_id = f"generate-{first + number}"
+                outputs[number] = self.engine.add_request(request_id, many[number], chosen[number])
             self._run(_Bar(len(many), sys.stderr) if progress else None)
         except BaseException:
-            self._abort(outputs)
+            self._abort(outputs.values())
             raise
-        return outputs
+        return [outputs[number] for number in range(len(many))]
 
     def chat(
         self,
@@ -77,7 +81,7 @@ class LLM:
         if bar is not None:
             bar.end()
 
-    def _abort(self, outputs: Sequence[RequestOutput]) -> None:
+    def _abort(self, outputs: Iterable[RequestOutput]) -> None:
         """Leave the engine as it was before: its next call must not find these."""
         for output in outputs:
             self.engine.abort_request(output.request_id)
@@ -93,6 +97,11 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def longest_first(max_tokens: Sequence[int | None]) -> list[int]:
+    """The places of requests in the order to begin them: most tokens first, equals as they came. None: no limit."""
+    return sorted(range(len(max_tokens)), key=lambda number: -(max_tokens[number] or sys.maxsize))
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
