@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from penstock.executor.models import llama
 from penstock.executor.step import StepPlan, pack_u32
+from penstock.executor.worker import model_runner
 from penstock.executor.worker.device.runner import DeviceRunner
 from penstock.executor.worker.worker import Worker
 from support.by_hand import Kind, admission, no_progress, spec, start_of
@@ -27,8 +29,14 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return build_tiny_llama(tmp_path_factory.mktemp(request.param), seed=3, shape=shape)
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["", "late"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_logits_stay_within_the_bound(folder: Path, dtype: str, kind: Kind) -> None:
+def test_logits_stay_within_the_bound(
+    folder: Path, dtype: str, late: bool, kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``late``: normalised behind the products, which have taken over the norms' weights."""
+    monkeypatch.setattr(llama, "late_pays", lambda rows, size: late)
+    monkeypatch.setattr(model_runner, "absorbs", lambda device, dtype: late)
     if kind.get("resident") is False:
         pytest.skip("the host's path has no such state to look at")
     worker = Worker.start(spec(folder, **kind, dtype=dtype), no_progress)

@@ -45,9 +45,7 @@ def test_steady_decodes_upload_a_few_words() -> None:
     plan = StepPlan(
         1,
         1,
-        admissions=tuple(
-            admission(slot, [1] * length, stopping=Stopping(2000)) for slot, length in enumerate(lengths)
-        ),
+        admissions=tuple(admission(slot, [1] * length, stopping=Stopping(2000)) for slot, length in enumerate(lengths)),
         block_slots=pack_u32([slot for slot, table in enumerate(tables) for _ in table]),
         block_ids=pack_u32([block for table in tables for block in table]),
         schedule_slots=pack_u32(list(range(SLOTS))),

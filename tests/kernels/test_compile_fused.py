@@ -46,13 +46,14 @@ def compiled(kernel: Any, dtype: torch.dtype, num_warps: int, **constants: objec
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    constants = {"OVERLAP": False, "SIZE": 0, "SIZE_TILE": 1} | constants
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
-        if name in constants:
+        if (name in constants and name.isupper()) or constants.get(name, 0) is None:
             signature[name] = "constexpr"
         elif name in INTEGERS:
             signature[name] = "i32"
-        elif name == "eps":
+        elif name in ("eps", "stream_eps"):
             signature[name] = "fp32"
         elif name in WORDS:
             signature[name] = "*i32"
@@ -62,17 +63,23 @@ def compiled(kernel: Any, dtype: torch.dtype, num_warps: int, **constants: objec
             signature[name] = "*bf16" if dtype == torch.bfloat16 else "*fp32"
         if signature[name].startswith("*") and name not in UNALIGNED:
             attributes[(index,)] = [["tt.divisibility", 16]]
+    constants = {name: value for name, value in constants.items() if name in signature}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
 
 
-def assert_fits(kernel: Any, num_warps: int, folder: Path) -> None:
-    """No spills, and half of a multiprocessor's threads have registers: memory is kept busy."""
+def used_of(kernel: Any, folder: Path) -> dict[str, int]:
+    """Registers a thread, and bytes of stack and local memory, as the assembler reports them."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
     tool = triton.knobs.nvidia.cuobjdump.path
     said = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True, timeout=60).stdout
-    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+
+
+def assert_fits(kernel: Any, num_warps: int, folder: Path) -> None:
+    """No spills, and half of a multiprocessor's threads have registers: memory is kept busy."""
+    used = used_of(kernel, folder)
     assert used["LOCAL"] == 0
     assert used["STACK"] <= 8  # ptxas gives 512 threads a word or two unasked
     assert used["REG"] <= 64
@@ -100,10 +107,13 @@ def test_norm(size: int, add: bool, dtype: torch.dtype, tmp_path: Path) -> None:
 
 @in_every_dtype
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("inner", [3072, 14336])
-def test_silu_mul(inner: int, rows: int, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("inner", "late"), [(3072, 0), (14336, 0), (3072, 1024), (14336, 4096)])
+def test_silu_mul(inner: int, late: int, rows: int, dtype: torch.dtype, tmp_path: Path) -> None:
     tile, num_warps = silu_shape(rows)
-    kernel = compiled(silu_mul_kernel, dtype, num_warps, INNER=inner, TILE=tile)
+    kernel = compiled(silu_mul_kernel, dtype, num_warps, INNER=inner, TILE=tile, SIZE=late, SIZE_TILE=max(1, late))
+    if late:
+        assert used_of(kernel, tmp_path)["LOCAL"] == 0
+        return
     assert_fits(kernel, num_warps, tmp_path)
     assert wide_loads(kernel) == 2 * tile * dtype.itemsize // (16 * 32 * num_warps)
 
@@ -133,6 +143,28 @@ def test_rotate_and_store(
 )
 def test_batch(kernel: Any, constants: dict[str, object], tmp_path: Path) -> None:
     assert_fits(compiled(kernel, torch.bfloat16, 4, **constants), 4, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "constants"),
+    [
+        pytest.param(
+            add_rms_norm_kernel, {"SIZE": 1024, "TILE": 1024, "PARTS": 4, "ADD": True, "STORE": True}, id="norm"
+        ),
+        pytest.param(silu_mul_kernel, {"INNER": 3072, "TILE": 256}, id="silu_mul"),
+        pytest.param(
+            rotate_and_store_kernel,
+            {"HEADS": 16, "KV_HEADS": 8, "HALF": 64, "TILE": 64, "HEAD_TILE": 8, "NORM": True},
+            id="rotate_and_store",
+        ),
+    ],
+)
+def test_nothing_is_written_before_the_kernel_in_front_is_done(kernel: Any, constants: dict[str, object]) -> None:
+    overlapped = compiled(kernel, torch.bfloat16, 4, OVERLAP=True, **constants).asm["ptx"]
+    before, waited, _ = overlapped.partition("griddepcontrol.wait")
+    assert waited
+    assert "st.global" not in before
+    assert "griddepcontrol" not in compiled(kernel, torch.bfloat16, 4, **constants).asm["ptx"]
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)

@@ -256,6 +256,7 @@ def test_there_is_a_cut_for_every_batch(spread: Spread, kv_heads: int) -> None:
 
 def test_how_lengths_spread() -> None:
     assert Spread.of(850, 850 * 100, 100) is Spread.EVEN
+    assert Spread.of(1200, 864 * 100, 100) is Spread.UNEVEN
     assert Spread.of(1500, 864 * 100, 100) is Spread.MIXED
     assert Spread.of(20_000, 20_000 + 500 * 99, 100) is Spread.LONE
     assert Spread.of(20_000, 20_000 + 500 * 3, 4) is Spread.MIXED

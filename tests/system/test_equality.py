@@ -62,9 +62,7 @@ async def test_sixty_four_requests_equal_transformers(model: Path, plans_in_flig
         plans_in_flight=plans_in_flight,
     ) as roles:
         async with caller(roles.address) as stubs:
-            answers = await asyncio.gather(
-                *(collect(stubs, request(prompt, max_tokens=most)) for prompt, most in work)
-            )
+            answers = await asyncio.gather(*(collect(stubs, request(prompt, max_tokens=most)) for prompt, most in work))
         seen = await status_at_rest(roles.scheduler.address)
     assert [ids for ids, _ in answers] == expected
     for (ids, reason), (_, most) in zip(answers, work, strict=True):

@@ -7,18 +7,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.kernels.overlap import launch_options, overlaps
+from penstock.kernels.overlap_kernel import release_next, wait_for_previous
+
+
+@triton.jit
+def late_scale(stream, row, eps, SIZE: tl.constexpr, TILE: tl.constexpr):
+    """One over the root mean square of a row: see :class:`penstock.kernels.norm.Late`."""
+    column = tl.arange(0, TILE)
+    value = tl.load(stream + row * SIZE + column, mask=column < SIZE, other=0.0).to(tl.float32)
+    return tl.rsqrt(tl.sum(value * value, 0) / SIZE + eps)
+
 
 @triton.jit(do_not_specialize=["rows"])
 def add_rms_norm_kernel(
     x, residual, weight, out, eps, rows,
     SIZE: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, ADD: tl.constexpr, STORE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, TILE)
     inside = column < SIZE
     element = out.dtype.element_ty
-    # All loads are issued before anything waits for one of them.
     factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    release_next(OVERLAP)
+    wait_for_previous(OVERLAP)
+    # All loads are issued before anything waits for one of them.
     value = tl.load(x + row * SIZE + column, mask=inside, other=0.0)
     if ADD:
         before = tl.load(residual + row * SIZE + column, mask=inside, other=0.0).to(tl.float32)
@@ -53,6 +67,6 @@ def add_rms_norm_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps:
         add_rms_norm_kernel[(rows,)](
             x, residual, weight, out, eps, rows,
             size, triton.next_power_of_2(size), x.shape[0] if partial else 1, add, add or partial,
-            num_warps=warps(size),
+            overlaps(), num_warps=warps(size), **launch_options(),
         )  # fmt: skip
     return out, residual

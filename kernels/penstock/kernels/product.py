@@ -74,9 +74,7 @@ def split_shape(x: Tensor, weight: Tensor) -> ProductShape | None:
     return _found(SPLIT_WIDE, x, outputs, inputs) if inputs <= outputs else None
 
 
-def _found(
-    table: tuple[tuple[int, ProductShape], ...], x: Tensor, outputs: int, inputs: int
-) -> ProductShape | None:
+def _found(table: tuple[tuple[int, ProductShape], ...], x: Tensor, outputs: int, inputs: int) -> ProductShape | None:
     if x.dtype != torch.bfloat16 or not uses_triton(x):
         return None
     shape = next((shape for most, shape in table if x.shape[0] <= most), None)

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.kernels.overlap import launch_options, overlaps
+from penstock.kernels.overlap_kernel import release_next, wait_for_previous
 from penstock.kernels.product import ProductShape
 
 
@@ -15,7 +17,7 @@ def split_product_kernel(
     x, weight, partial, rows,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
     ROW_TILE: tl.constexpr, OUTPUT_TILE: tl.constexpr, INPUT_TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1) * ROW_TILE + tl.arange(0, ROW_TILE)
     output = tl.program_id(0) * OUTPUT_TILE + tl.arange(0, OUTPUT_TILE)
@@ -26,6 +28,8 @@ def split_product_kernel(
     left = x + row.to(tl.int64)[:, None] * INPUTS + split * SHARE + place[None, :]
     right = weight + output.to(tl.int64)[None, :] * INPUTS + split * SHARE + place[:, None]
     acc = tl.zeros([ROW_TILE, OUTPUT_TILE], tl.float32)
+    release_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     for first in range(0, SHARE, INPUT_TILE):
         a = tl.load(left + first, mask=inside, other=0.0)
         b = tl.load(right + first)
@@ -38,7 +42,7 @@ def split_product_kernel(
 def gated_product_kernel(
     x, weight, out, rows,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
-    ROW_TILE: tl.constexpr, OUTPUT_TILE: tl.constexpr, INPUT_TILE: tl.constexpr,
+    ROW_TILE: tl.constexpr, OUTPUT_TILE: tl.constexpr, INPUT_TILE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1) * ROW_TILE + tl.arange(0, ROW_TILE)
     output = tl.program_id(0) * OUTPUT_TILE + tl.arange(0, OUTPUT_TILE)
@@ -49,6 +53,8 @@ def gated_product_kernel(
     up_from = gate_from + OUTPUTS * INPUTS
     gate = tl.zeros([ROW_TILE, OUTPUT_TILE], tl.float32)
     up = tl.zeros([ROW_TILE, OUTPUT_TILE], tl.float32)
+    release_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     for first in range(0, INPUTS, INPUT_TILE):
         a = tl.load(left + first, mask=inside, other=0.0)
         gate = tl.dot(a, tl.load(gate_from + first), gate)
@@ -67,7 +73,7 @@ def split_product_triton(x: Tensor, weight: Tensor, shape: ProductShape) -> Tens
     grid = (outputs // shape.outputs, triton.cdiv(rows, shape.rows), shape.splits)
     split_product_kernel[grid](
         x, weight, partial, rows, outputs, inputs, shape.rows, shape.outputs, shape.inputs, shape.splits,
-        num_warps=shape.warps, num_stages=shape.stages,
+        overlaps(), num_warps=shape.warps, num_stages=shape.stages, **launch_options(),
     )  # fmt: skip
     return partial
 
@@ -80,6 +86,6 @@ def gated_product_triton(x: Tensor, weight: Tensor, shape: ProductShape) -> Tens
     grid = (outputs // shape.outputs, triton.cdiv(rows, shape.rows))
     gated_product_kernel[grid](
         x, weight, out, rows, outputs, inputs, shape.rows, shape.outputs, shape.inputs,
-        num_warps=shape.warps, num_stages=shape.stages,
+        overlaps(), num_warps=shape.warps, num_stages=shape.stages, **launch_options(),
     )  # fmt: skip
     return out

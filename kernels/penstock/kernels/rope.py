@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.dispatch import uses_triton
-from penstock.kernels.norm import rms_norm_reference
+from penstock.kernels.norm import Late, rms_norm_reference
 
 
 def rotate_and_store(
@@ -21,6 +21,7 @@ def rotate_and_store(
     slot_mapping: Tensor,
     heads: int,
     kv_heads: int,
+    late: Late | None = None,
 ) -> Tensor:
     """Normalise and rotate queries and keys, and store keys and values.
 
@@ -29,12 +30,12 @@ def rotate_and_store(
     normalise each head before the rotation as :func:`penstock.kernels.norm.add_rms_norm` does (Qwen3); ``keys``,
     ``values`` [blocks, block_tokens, kv_heads, head_dim], contiguous; ``slot_mapping`` int64 [rows]: where in them,
     seen as [blocks · block_tokens, …], each row goes. Of rows that go to the same place any may stay there. Places are
-    not checked.
+    not checked. ``late``: ``qkv`` is still to be scaled by it, and rounded.
 
     Components ``i`` and ``i + head_dim / 2`` are a pair (Su et al. 2021), rotated in float32. Returns the queries
     [rows, heads, head_dim].
     """
-    arguments = (qkv, positions, cos_sin, q_weight, k_weight, eps, keys, values, slot_mapping, heads, kv_heads)
+    arguments = (qkv, positions, cos_sin, q_weight, k_weight, eps, keys, values, slot_mapping, heads, kv_heads, late)
     if uses_triton(qkv):
         from penstock.kernels.rope_kernel import rotate_and_store_triton
 
@@ -54,8 +55,11 @@ def rotate_and_store_reference(
     slot_mapping: Tensor,
     heads: int,
     kv_heads: int,
+    late: Late | None = None,
 ) -> Tensor:
     """The same in plain torch."""
+    if late is not None:
+        qkv = (qkv * late.scale()).to(qkv.dtype)
     split = qkv.view(qkv.shape[0], heads + 2 * kv_heads, keys.shape[-1])
     query, key, value = split[:, :heads], split[:, heads : heads + kv_heads], split[:, heads + kv_heads :]
     if q_weight is not None:

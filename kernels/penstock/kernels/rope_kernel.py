@@ -6,6 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.kernels.norm import Late
+from penstock.kernels.norm_kernel import late_scale
+from penstock.kernels.overlap import launch_options, overlaps
+from penstock.kernels.overlap_kernel import release_next, wait_for_previous
+
 
 @triton.jit
 def _normalised(first, second, q_weight, k_weight, is_query, half, inside, eps, HALF: tl.constexpr):
@@ -29,10 +34,12 @@ def _store(target, low, high, mask, HALF: tl.constexpr):
 
 @triton.jit
 def rotate_and_store_kernel(
-    qkv, positions, cos_sin, q_weight, k_weight, eps, keys, values, slot_mapping, query,
+    qkv, positions, cos_sin, q_weight, k_weight, eps, keys, values, slot_mapping, query, stream, stream_eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
-    HEAD_TILE: tl.constexpr, NORM: tl.constexpr,
+    HEAD_TILE: tl.constexpr, NORM: tl.constexpr, SIZE: tl.constexpr, SIZE_TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    """SIZE: of a row of ``stream``, 0 without one."""
     HEAD_DIM: tl.constexpr = 2 * HALF
     ALL_HEADS: tl.constexpr = HEADS + 2 * KV_HEADS
     element = qkv.dtype.element_ty
@@ -42,14 +49,20 @@ def rotate_and_store_kernel(
     inside = half < HALF
     there = (head < ALL_HEADS) & inside[None, :]
     source = qkv + row * (ALL_HEADS * HEAD_DIM) + head * HEAD_DIM + half[None, :]
-    raw_first = tl.load(source, mask=there, other=0.0)
-    raw_second = tl.load(source + HALF, mask=there, other=0.0)
     position = tl.load(positions + row).to(tl.int64)
     place = tl.load(slot_mapping + row) * (KV_HEADS * HEAD_DIM)
     angle = cos_sin + position * HEAD_DIM + half
     cos = tl.load(angle, mask=inside, other=0.0)[None, :]
     sin = tl.load(angle + HALF, mask=inside, other=0.0)[None, :]
+    release_next(OVERLAP)
+    wait_for_previous(OVERLAP)
+    raw_first = tl.load(source, mask=there, other=0.0)
+    raw_second = tl.load(source + HALF, mask=there, other=0.0)
 
+    if SIZE > 0:
+        scale = late_scale(stream, row, stream_eps, SIZE, SIZE_TILE)
+        raw_first = (raw_first.to(tl.float32) * scale).to(element)
+        raw_second = (raw_second.to(tl.float32) * scale).to(element)
     first, second = raw_first.to(tl.float32), raw_second.to(tl.float32)
     if NORM:
         first, second = _normalised(first, second, q_weight, k_weight, head < HEADS, half, inside, eps, HALF)
@@ -81,15 +94,19 @@ def rotate_and_store_triton(
     slot_mapping: Tensor,
     heads: int,
     kv_heads: int,
+    late: Late | None = None,
 ) -> Tensor:
     """See :func:`penstock.kernels.rope.rotate_and_store`."""
     rows, head_dim = qkv.shape[0], keys.shape[-1]
     query = qkv.new_empty(rows, heads, head_dim)
     if rows:
         tile, warps = program_shape(rows)
+        stream, stream_eps = late or (qkv, 0.0)
+        size = stream.shape[1] if late else 0
         rotate_and_store_kernel[(rows, triton.cdiv(heads + 2 * kv_heads, tile))](
-            qkv, positions, cos_sin, q_weight, k_weight, eps, keys, values, slot_mapping, query,
+            qkv, positions, cos_sin, q_weight, k_weight, eps, keys, values, slot_mapping, query, stream, stream_eps,
             heads, kv_heads, head_dim // 2, triton.next_power_of_2(head_dim // 2), tile, q_weight is not None,
-            num_warps=warps,
+            size, triton.next_power_of_2(max(1, size)),
+            overlaps(), num_warps=warps, **launch_options(),
         )  # fmt: skip
     return query

@@ -23,6 +23,7 @@ from penstock.kernels.attention.reference import (
     slot_mapping,
     write_kv,
 )
+from penstock.kernels.norm import Late
 
 
 class LayerCache(NamedTuple):
@@ -35,10 +36,11 @@ class LayerCache(NamedTuple):
 class AttentionStep(Protocol):
     """One step's ragged batch, as attention sees it; the same for all layers."""
 
-    def attend(self, qkv: Tensor, attention: PagedAttention, cache: LayerCache) -> Tensor:
+    def attend(self, qkv: Tensor, attention: PagedAttention, cache: LayerCache, late: Late | None = None) -> Tensor:
         """``qkv`` [rows, (heads + 2 kv_heads) * head_dim], the merged product → [rows, heads * head_dim].
 
-        The keys and values of these rows are in ``cache`` afterwards.
+        ``late``: the normalisation of the product's rows, if that is still to come. The keys and values of these rows
+        are in ``cache`` afterwards.
         """
         ...
 
@@ -62,9 +64,9 @@ class PagedAttention:
         self.rotary = rotary
         self.q_norm, self.k_norm = q_norm, k_norm
 
-    def __call__(self, qkv: Tensor, step: AttentionStep, cache: LayerCache) -> Tensor:
+    def __call__(self, qkv: Tensor, step: AttentionStep, cache: LayerCache, late: Late | None = None) -> Tensor:
         """See :meth:`AttentionStep.attend`."""
-        return step.attend(qkv, self, cache)
+        return step.attend(qkv, self, cache, late)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +103,10 @@ class AttentionBatch:
         layout = PagedLayout.build(query_start, context_lengths, block_tables, block_tokens, scratch)
         return cls(positions, slots, fresh_blocks(slots, block_tokens), layout)
 
-    def attend(self, qkv: Tensor, attention: PagedAttention, cache: LayerCache) -> Tensor:
+    def attend(self, qkv: Tensor, attention: PagedAttention, cache: LayerCache, late: Late | None = None) -> Tensor:
         """See :class:`AttentionStep`."""
+        if late is not None:
+            qkv = (qkv * late.scale()).to(qkv.dtype)
         heads, both = attention.heads, attention.heads + attention.kv_heads
         split = qkv.view(qkv.shape[0], -1, attention.head_dim)
         turned = self._rotation(attention.rotary, qkv.dtype).apply(_normalised(split[:, :both], attention))

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from penstock.executor.layers.norm import RMSNorm
 from penstock.executor.layers.placement import Placement
 from penstock.kernels.activation import silu_mul
+from penstock.kernels.norm import Late
 from penstock.kernels.product import gated_product, gated_shape, split_product, split_shape
 
 
@@ -39,13 +41,27 @@ class Linear:
         """[rows, inputs] → [rows, all outputs]; no adapter takes part."""
         return self._products(x, self._base, self.bias)
 
+    def absorb(self, norm: RMSNorm) -> None:
+        """Take over the weight of the norm of this map's input; what is left of the norm is a factor for each row."""
+        self.weight.mul_(norm.weight)
+        norm.weight.fill_(1)
+
+    def onto(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Add the map of ``x`` [rows, inputs] to ``residual`` [rows, all outputs], in place; without a bias only."""
+        return self._products.add_to(residual, x, self._base)
+
     def in_parts(self, x: Tensor) -> Tensor:
         """The same, or float32 [parts, rows, all outputs] of which it is the sum, where that is faster: for a norm."""
         shape = split_shape(x, self._base) if self.bias is None else None
         return self(x) if shape is None else split_product(x, self._base, shape)
 
-    def gated(self, x: Tensor) -> Tensor:
-        """[rows, inputs] → [rows, half of the outputs]: ``silu`` of the first half times the second."""
+    def gated(self, x: Tensor, late: Late | None = None) -> Tensor:
+        """[rows, inputs] → [rows, half of the outputs]: ``silu`` of the first half times the second.
+
+        ``late``: the normalisation of ``x``, if that is still to come.
+        """
+        if late is not None:
+            return silu_mul(self(x), late)
         shape = gated_shape(x, self._base) if self.bias is None else None
         return silu_mul(self(x)) if shape is None else gated_product(x, self._base, shape)
 

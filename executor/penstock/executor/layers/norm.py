@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from penstock.executor.layers.placement import Placement
-from penstock.kernels.norm import add_rms_norm
+from penstock.kernels.norm import Late, add_rms_norm
 
 
 class RMSNorm:
@@ -15,6 +15,10 @@ class RMSNorm:
         """The weight is left unset: the loader fills it."""
         self.weight = place.empty(size)
         self.eps = eps
+
+    def late(self, stream: Tensor) -> Late:
+        """Its normalisation of ``stream`` [rows, size], for whoever reads a product that took over its weight."""
+        return Late(stream, self.eps)
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Add ``x`` [rows, size] to the residual stream, in place, and normalise the sum.

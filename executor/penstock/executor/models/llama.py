@@ -22,6 +22,7 @@ from penstock.executor.layers.norm import RMSNorm
 from penstock.executor.layers.placement import Placement
 from penstock.executor.layers.rotary import RotaryEmbedding
 from penstock.executor.models.config import ModelConfig
+from penstock.kernels.norm import late_pays
 
 
 class SelfAttention:
@@ -50,6 +51,15 @@ class SelfAttention:
         attended = self.attend(self.qkv(x), step, cache)
         return self.output.in_parts(attended if chosen is None else attended.index_select(0, chosen))
 
+    def onto(
+        self, stream: Tensor, norm: RMSNorm, step: AttentionStep, cache: LayerCache, chosen: Tensor | None
+    ) -> Tensor:
+        """The same of the normalised ``stream``, the norm's weight absorbed, and added to it."""
+        attended = self.attend(self.qkv(stream), step, cache, norm.late(stream))
+        if chosen is not None:
+            attended, stream = attended.index_select(0, chosen), stream.index_select(0, chosen)
+        return self.output.onto(attended, stream)
+
     def destinations(self, name: str) -> dict[str, Tensor]:
         """The checkpoint tensors of the block called ``name``, and what each fills."""
         found = self.qkv.destinations(name) | self.output.destinations(name)
@@ -72,6 +82,10 @@ class FeedForward:
         """[rows, hidden] → [rows, hidden], perhaps in parts (:meth:`Linear.in_parts`)."""
         return self.down.in_parts(self.gate_up.gated(x))
 
+    def onto(self, stream: Tensor, norm: RMSNorm) -> Tensor:
+        """The same of the normalised ``stream``, the norm's weight absorbed, and added to it."""
+        return self.down.onto(self.gate_up.gated(stream, norm.late(stream)), stream)
+
     def destinations(self, name: str) -> dict[str, Tensor]:
         """The checkpoint tensors of the block called ``name``, and what each fills."""
         return self.gate_up.destinations(name) | self.down.destinations(name)
@@ -86,14 +100,25 @@ class Layer:
         self.attention = attention
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps, place)
         self.feed_forward = FeedForward(config, place)
+        self.absorbed = False
+
+    def absorb_norms(self) -> None:
+        """Make the norms' weights part of the products behind them, unless these have biases."""
+        if self.attention.qkv.bias is None and self.feed_forward.gate_up.bias is None:
+            self.attention.qkv.absorb(self.attention_norm)
+            self.feed_forward.gate_up.absorb(self.feed_forward_norm)
+            self.absorbed = True
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, step: AttentionStep, cache: LayerCache, chosen: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """``x`` [rows, hidden] is to be added to the ``residual`` stream, None where it begins.
 
         Returns the same pair for the next layer; of the ``chosen`` rows only unless that is None.
         """
+        if residual is None and self.absorbed and late_pays(x.shape[0], x.shape[1]):
+            x = self.attention.onto(x, self.attention_norm, step, cache, chosen)
+            return self.feed_forward.onto(x, self.feed_forward_norm), None
         x, residual = self.attention_norm(x, residual)
         x = self.attention(x, step, cache, chosen)
         x, residual = self.feed_forward_norm(x, residual if chosen is None else residual.index_select(0, chosen))
@@ -118,7 +143,7 @@ class Llama:
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         """Parameters are left unset: :mod:`penstock.executor.models.weights` fills them."""
-        self.config = config
+        self.config, self.hidden_size = config, config.hidden_size
         self.place = Placement(dtype, device)
         self.rotary = RotaryEmbedding(config.head_dim, config.rope, config.max_positions, device)
         self.embedding = self.place.empty(config.vocab_size, config.hidden_size)
@@ -134,7 +159,8 @@ class Llama:
         self, ids: Tensor, step: AttentionStep, caches: Sequence[LayerCache], chosen: Tensor | None = None
     ) -> Tensor:
         """Normalised hidden states; see :class:`penstock.executor.models.registry.Model`."""
-        x, residual = embedding(ids, self.embedding), None
+        x: Tensor = embedding(ids, self.embedding)
+        residual: Tensor | None = None
         for layer, cache in zip(self.layers[:-1], caches[:-1], strict=True):
             x, residual = layer(x, residual, step, cache)
         x, residual = self.layers[-1](x, residual, step, caches[-1], chosen)
@@ -144,10 +170,15 @@ class Llama:
         """[n, vocabulary] of hidden states [n, hidden], in their dtype."""
         return self.place.products(hidden, self.head, out=out)
 
-    def tune(self, rows: Sequence[int], limit_s: float) -> None:
+    def absorb_norms(self) -> None:
+        """See :class:`penstock.executor.models.registry.Model`."""
+        for layer in self.layers:
+            layer.absorb_norms()
+
+    def tune(self, rows: Sequence[int], limit_s: float, *, head: bool = True) -> None:
         """See :class:`penstock.executor.models.registry.Model`."""
         weights = [linear.weight for layer in self.layers for linear in layer.linears()]
-        self.place.products.tune(rows, [*weights, self.head], limit_s=limit_s)
+        self.place.products.tune(rows, [*weights, *([self.head] if head else [])], limit_s=limit_s)
 
     def destinations(self) -> dict[str, Tensor]:
         """For each tensor of a checkpoint the (part of a) parameter that it fills."""

@@ -17,6 +17,9 @@ from penstock.executor.models.qwen3 import Qwen3
 class Model(Protocol):
     """What a worker asks of a family. Nothing here waits for the device; forward and logits can be captured."""
 
+    hidden_size: int
+    """Elements of a row between the layers."""
+
     def forward(
         self, ids: Tensor, step: AttentionStep, caches: Sequence[LayerCache], chosen: Tensor | None = None
     ) -> Tensor:
@@ -32,9 +35,17 @@ class Model(Protocol):
         """[n, vocabulary] of hidden states [n, hidden], in the dtype of the model; written to ``out`` if given."""
         ...
 
-    def tune(self, rows: Sequence[int], limit_s: float) -> None:
+    def absorb_norms(self) -> None:
+        """Once the parameters are set: let products take over the weights of the norms before them.
+
+        Steps of a size for which it is faster then normalise behind the product instead of before it.
+        """
+        ...
+
+    def tune(self, rows: Sequence[int], limit_s: float, *, head: bool = True) -> None:
         """Choose the fastest products for steps of these numbers of ``rows``; on a GPU only, before any capture.
 
+        Without ``head`` that of the logits is left out, which few rows of a large step get as far as.
         See :meth:`penstock.executor.layers.matmul.Products.tune`.
         """
         ...

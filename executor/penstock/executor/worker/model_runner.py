@@ -59,7 +59,14 @@ def load_model(
         raise ExecutorError(f"load_format {load_format!r} is not supported, only {', '.join(map(repr, LOAD_FORMATS))}")
     model = build_model(config, DTYPES[name], device)
     weights = draw_weights(model) if load_format == "dummy" else load_weights(model, folder, on_progress)
+    if absorbs(device, DTYPES[name]):
+        model.absorb_norms()
     return LoadedModel(model, config, weights, DTYPES[name])
+
+
+def absorbs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a model there is made fast by :meth:`Model.absorb_norms`; elsewhere weights stay what they were."""
+    return device.type == "cuda" and dtype == torch.bfloat16
 
 
 class ModelRunner:

@@ -28,7 +28,9 @@ class Spread(enum.Enum):
     """How the lengths of a batch differ: a hint for the cut, whatever it is the result is the same."""
 
     EVEN = enum.auto()
-    """The longest is at most half as long again as the mean."""
+    """The longest is hardly longer than the mean: programs of whole rows end together."""
+    UNEVEN = enum.auto()
+    """It is up to two thirds longer, as among sequences that began together."""
     MIXED = enum.auto()
     LONE = enum.auto()
     """One sequence holds more than an eighth of all tokens: whoever had it alone would hold up the step."""
@@ -38,39 +40,61 @@ class Spread(enum.Enum):
         """From the longest length, the sum of all, and how many they are."""
         if rows > FEW and 8 * longest > total:
             return cls.LONE
-        return cls.EVEN if 2 * longest * rows <= 3 * total else cls.MIXED
+        if 20 * longest * rows <= 23 * total:
+            return cls.EVEN
+        return cls.UNEVEN if 3 * longest * rows <= 5 * total else cls.MIXED
 
 
 FEW: Final = 24
 """The rows of a small batch are split among programs whatever their lengths are."""
-_SMALL: Final = (
-    (2, DecodeShape(32, 3, 2, 32, 64)),
-    (8, DecodeShape(32, 3, 2, 16, 128)),
-    (FEW, DecodeShape(64, 2, 2, 8, 128)),
-)
-_LARGE: Final = (
-    (176, DecodeShape(64, 2, 2, 1, 64)),
-    (208, DecodeShape(32, 4, 2, 1, 64)),
-    (240, DecodeShape(64, 2, 2, 1, 64)),
-    (1 << 30, DecodeShape(32, 6, 2, 1, 64)),
-)
+_PAIR: Final = (2, DecodeShape(32, 3, 2, 32, 64))
+_REST: Final = (1 << 30, DecodeShape(32, 6, 2, 1, 64))
 CUTS: Final = {
     Spread.EVEN: (
-        *_SMALL,
-        (80, DecodeShape(32, 6, 2, 1, 64)),
-        (112, DecodeShape(32, 3, 2, 1, 64)),
-        (144, DecodeShape(32, 3, 1, 1, 64)),
-        *_LARGE,
+        _PAIR,
+        (4, DecodeShape(32, 6, 2, 8, 128)),
+        (12, DecodeShape(32, 6, 2, 4, 128)),
+        (FEW, DecodeShape(32, 6, 2, 2, 128)),
+        (64, DecodeShape(32, 6, 2, 1, 64)),
+        (100, DecodeShape(32, 4, 2, 1, 64)),
+        (136, DecodeShape(32, 3, 1, 1, 64)),
+        (152, DecodeShape(64, 2, 2, 1, 64)),
+        (168, DecodeShape(32, 6, 2, 1, 64)),
+        (200, DecodeShape(32, 3, 2, 1, 64)),
+        (216, DecodeShape(32, 3, 1, 1, 64)),
+        _REST,
+    ),
+    Spread.UNEVEN: (
+        _PAIR,
+        (8, DecodeShape(32, 6, 2, 8, 128)),
+        (16, DecodeShape(32, 6, 2, 4, 128)),
+        (60, DecodeShape(32, 6, 2, 2, 128)),
+        (76, DecodeShape(32, 3, 1, 2, 128)),
+        (168, DecodeShape(32, 6, 2, 1, 64)),
+        (200, DecodeShape(32, 4, 2, 1, 64)),
+        _REST,
     ),
     Spread.MIXED: (
-        *_SMALL,
-        (56, DecodeShape(64, 4, 4, 4, 128)),
-        (80, DecodeShape(32, 6, 2, 2, 128)),
-        (112, DecodeShape(32, 3, 1, 2, 128)),
-        (144, DecodeShape(32, 6, 2, 1, 64)),
-        *_LARGE,
+        _PAIR,
+        (8, DecodeShape(32, 6, 2, 8, 128)),
+        (12, DecodeShape(32, 6, 2, 6, 128)),
+        (16, DecodeShape(32, 6, 2, 8, 128)),
+        (FEW, DecodeShape(32, 3, 2, 6, 128)),
+        (36, DecodeShape(32, 4, 2, 4, 128)),
+        (44, DecodeShape(32, 6, 2, 2, 128)),
+        (52, DecodeShape(64, 2, 4, 3, 128)),
+        (76, DecodeShape(32, 6, 2, 2, 128)),
+        (84, DecodeShape(32, 3, 2, 2, 128)),
+        (92, DecodeShape(32, 6, 2, 2, 128)),
+        (100, DecodeShape(32, 3, 1, 2, 128)),
+        _REST,
     ),
-    Spread.LONE: (*_SMALL, (1 << 30, DecodeShape(64, 3, 4, 16, 256))),
+    Spread.LONE: (
+        _PAIR,
+        (8, DecodeShape(32, 6, 2, 8, 128)),
+        (FEW, DecodeShape(64, 2, 2, 8, 128)),
+        (1 << 30, DecodeShape(64, 3, 4, 16, 256)),
+    ),
 }
 """Up to so many rows of eight key/value heads. From about 96 rows on there are programs enough without splitting."""
 FLOAT32: Final = DecodeShape(16, 1, 4, 8, 64)

@@ -4,6 +4,7 @@
 import triton
 import triton.language as tl
 
+from penstock.kernels.overlap_kernel import release_next, wait_for_previous
 from penstock.kernels.sampling.noise_kernel import gumbel
 
 
@@ -47,10 +48,13 @@ def choose(
     FILTERED: tl.constexpr,
     STOP_IDS: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (chunk, row) goes over the ``tiles`` tiles of its chunk. Rows that are not live write nothing."""
     chunk, row = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + row)
+    release_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     if tl.load(live + slot) == 0:
         return
     warmth = tl.load(temperature + slot)
@@ -65,26 +69,32 @@ def choose(
 
     # Each lane keeps the best of its own entries, which come in rising order, so that a later equal never wins.
     first = chunk * tiles * TILE
+    lane = first + tl.arange(0, TILE)
     best = tl.full([TILE], float("-inf"), tl.float32)
-    best_id = first + tl.arange(0, TILE)
+    best_start = tl.zeros([TILE], tl.int32)
     residue = tl.zeros([TILE], tl.float32)
+    ahead = tl.load(logits + lane, mask=lane < vocabulary, other=0.0)
     for tile in range(tiles):
-        start = first + tile * TILE
-        entries = start + tl.arange(0, TILE)
-        value = tl.load(logits + entries, mask=entries < vocabulary, other=0.0).to(tl.float32)
+        begin = tile * TILE
+        entries = lane + begin
+        value = ahead.to(tl.float32)
+        # The noise of a tile takes about as long as the logits of the next one need to come.
+        inside = (entries + TILE < vocabulary) & (tile + 1 < tiles)
+        ahead = tl.load(logits + TILE + entries, mask=inside, other=0.0)
         residue += value * 0.0
-        value = forbid(value, entries, vocabulary, stops, forbidden)
+        if (forbidden > 0) | (first + begin + TILE > vocabulary):
+            value = forbid(value, entries, vocabulary, stops, forbidden)
         if FILTERED:
             value = tl.where(value >= floor, value, float("-inf"))
         if warmth > 0:
-            quads = start // 4 + tl.arange(0, TILE // 4)
+            quads = (first + begin) // 4 + tl.arange(0, TILE // 4)
             value += warmth * gumbel(quads, position, sample, seed, TILE)
         better = value > best
         best = tl.where(better, value, best)
-        best_id = tl.where(better, entries, best_id)
+        best_start = tl.where(better, begin, best_start)
 
     score = tl.max(best, axis=0)
     out = row * partials + chunk
     tl.store(scores + out, score)
-    tl.store(ids + out, tl.min(tl.where(best == score, best_id, 0x7FFFFFFF), axis=0))
+    tl.store(ids + out, tl.min(tl.where(best == score, lane + best_start, 0x7FFFFFFF), axis=0))
     tl.store(residues + out, tl.sum(residue, axis=0))

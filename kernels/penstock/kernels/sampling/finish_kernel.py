@@ -4,6 +4,8 @@
 import triton
 import triton.language as tl
 
+from penstock.kernels.overlap_kernel import wait_for_previous
+
 
 @triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["slots"])
 def finish(
@@ -27,10 +29,12 @@ def finish(
     INERT: tl.constexpr,
     MADE: tl.constexpr,
     FAILED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program ``row`` writes the token and the status of its row and advances its slot. CHUNKS ≥ ``chunks``."""
     row = tl.program_id(0)
     slot = tl.load(slots + row)
+    wait_for_previous(OVERLAP)
     if tl.load(live + slot) == 0:
         tl.store(tokens + row, 0)
         tl.store(status + row, INERT)

@@ -7,12 +7,13 @@ import triton
 from torch import Tensor
 
 from penstock.kernels.batch.state import MAX_STOP_IDS, BatchState
+from penstock.kernels.overlap import launch_options, overlaps
 from penstock.kernels.sampling.choose_kernel import choose
 from penstock.kernels.sampling.filter_kernel import survey, threshold
 from penstock.kernels.sampling.finish_kernel import finish
 from penstock.kernels.sampling.tail import FAILED, INERT, MADE, PEAK, TILE, TailOutput
 
-PROGRAMS = 2048
+PROGRAMS = 4096
 """About as many programs as keep every multiprocessor busy; more rows make each go over more tiles."""
 SURVEY_TILE = 4096
 BLOCK = 4096
@@ -31,14 +32,14 @@ def launch_tail(logits: Tensor, slots: Tensor, state: BatchState, out: TailOutpu
         state.live, state.computed, state.outputs, state.min_tokens, state.stop_count, state.stop_ids,
         state.temperature, state.seeds, state.sample_index,
         out.floors, out.scores, out.ids, out.residues, partials, vocab, tiles,
-        FILTERED=filtered, STOP_IDS=MAX_STOP_IDS, TILE=TILE, num_warps=4,
+        FILTERED=filtered, STOP_IDS=MAX_STOP_IDS, TILE=TILE, OVERLAP=overlaps(), num_warps=2, **launch_options(),
     )  # fmt: skip
     finish[(rows,)](
         slots, out.scores, out.ids, out.residues, partials, chunks,
         state.live, state.last_token, state.computed, state.outputs, state.max_tokens,
         state.stop_count, state.stop_ids, out.tokens, out.status,
         CHUNKS=triton.next_power_of_2(partials), STOP_IDS=MAX_STOP_IDS,
-        INERT=INERT, MADE=MADE, FAILED=FAILED, num_warps=2,
+        INERT=INERT, MADE=MADE, FAILED=FAILED, OVERLAP=overlaps(), num_warps=2, **launch_options(),
     )  # fmt: skip
 
 

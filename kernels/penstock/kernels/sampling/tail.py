@@ -19,7 +19,7 @@ MADE: Final = 1
 FAILED: Final = 2
 """A logit was not finite: nothing was made and the slot is not live any more."""
 
-TILE: Final = 1024
+TILE: Final = 512
 """Vocabulary entries that a program chooses from at a time."""
 PEAK: Final = 512
 """Vocabulary entries of which the filters know the largest logit."""

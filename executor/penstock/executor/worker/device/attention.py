@@ -12,6 +12,7 @@ from penstock.kernels.attention.decode_shapes import Spread
 from penstock.kernels.attention.prefill import paged_prefill_attention
 from penstock.kernels.batch.gather import StepRows
 from penstock.kernels.batch.state import BatchState
+from penstock.kernels.norm import Late
 from penstock.kernels.rope import rotate_and_store
 
 
@@ -41,7 +42,7 @@ class DeviceStep:
     spread: Spread = Spread.MIXED
     """Of the lengths of those that decode."""
 
-    def attend(self, qkv: Tensor, attention: PagedAttention, cache: LayerCache) -> Tensor:
+    def attend(self, qkv: Tensor, attention: PagedAttention, cache: LayerCache, late: Late | None = None) -> Tensor:
         """``qkv`` [rows, (heads + 2 kv_heads) * head_dim] → [rows, heads * head_dim]; the cache has this step then."""
         count = qkv.shape[0]
         query = rotate_and_store(
@@ -56,6 +57,7 @@ class DeviceStep:
             self.rows.slot_mapping[:count],
             attention.heads,
             attention.kv_heads,
+            late,
         )
         return self._attend(query, attention.scale, cache).flatten(1)
 

@@ -57,7 +57,7 @@ class DecodeGraphs:
         sizes = graph_sizes(max_rows)
         for done, size in enumerate(reversed(sizes)):
             on_size(done, len(sizes))
-            for spread in (Spread.EVEN, Spread.MIXED):
+            for spread in (Spread.EVEN, Spread.UNEVEN, Spread.MIXED):
                 self._forward_of(size, spread)
             for filtered in (False, True):
                 choose = partial(self._program.choose, size, filtered=filtered)

@@ -16,6 +16,7 @@ from penstock.kernels.attention.decode_shapes import DecodeShape, Spread, decode
 from penstock.kernels.batch.gather import StepRows, fill_rows, gather_rows
 from penstock.kernels.batch.state import ArenaLayout, BatchState
 from penstock.kernels.batch.update import apply_words
+from penstock.kernels.overlap import overlap_pays, overlapped
 from penstock.kernels.sampling.tail import TailOutput, sample_step
 
 
@@ -68,12 +69,14 @@ class Program:
         """
         gather_rows(self.state, rows, self._block_tokens, self.rows)
         step = DeviceStep(self.state, self.rows, rows, spread=spread)
-        hidden = self._model.forward(self.rows.ids[:rows], step, self._pages)
-        self._model.logits(hidden, out=self.logits[:rows])
+        with overlapped(overlap_pays(rows, self._model.hidden_size)):
+            hidden = self._model.forward(self.rows.ids[:rows], step, self._pages)
+            self._model.logits(hidden, out=self.logits[:rows])
 
     def choose(self, rows: int, *, filtered: bool) -> None:
         """The next tokens of the first ``rows`` rows of the decode batch."""
-        sample_step(self.logits[:rows], self.state.row_slots[:rows], self.state, self.output, filtered=filtered)
+        with overlapped(overlap_pays(rows, self._model.hidden_size)):
+            sample_step(self.logits[:rows], self.state.row_slots[:rows], self.state, self.output, filtered=filtered)
 
     def mixed(self, decodes: int, step: MixedStep, *, spread: Spread) -> int:
         """The logits of ``decodes`` rows of the decode batch and of chunks that complete; returns how many."""
