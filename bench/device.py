@@ -2,8 +2,8 @@
 
 ``python bench/device.py steps MODEL``: the device time of a decode step by batch, at one context.
 ``python bench/device.py idle MODEL``: the share of a steady decode step in which the GPU waits: one minus the time of a
-bare replay of the same graphs over the wall time of a step, both from CUDA events of one process; and, from a profile,
-what it waits in a step that also computes known ids.
+bare replay of the same graphs over the wall time of a step, both from CUDA events of one process; and what it
+waits in a step that also computes known ids, by such a replay and by a profile.
 ``python bench/device.py throughput MODEL``: many requests of mixed lengths, without text.
 
 MODEL is a folder with a config.json; weights are drawn. The engine's core and the worker run in this process.
@@ -12,6 +12,7 @@ MODEL is a folder with a config.json; weights are drawn. The engine's core and t
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import select
@@ -26,8 +27,10 @@ import torch
 
 from penstock.executor.step import ModelInfo, ModelSpec, Sampling, StepResult, pack_u32
 from penstock.executor.uniproc import UniprocExecutor
+from penstock.executor.worker.device.program import MixedStep
 from penstock.executor.worker.device.runner import DeviceRunner
 from penstock.executor.worker.worker import Worker
+from penstock.kernels.attention.decode_shapes import Spread
 from penstock.local.offline.llm import longest_first
 from penstock.scheduler.core.planner import Core
 from penstock.scheduler.core.policies.fcfs import FirstComeFirstServed
@@ -171,9 +174,63 @@ def idle(arguments: argparse.Namespace) -> dict[str, Any]:
         row = {"batch": batch, "wall_ms": wall / 1e6, "bare_ms": bare / 1e6, "idle_share": 1 - bare / wall}
         print(json.dumps(row), flush=True)
         rows.append(row)
-    mixed = profile_mixed(engine, arguments)
+    profiled = profile_mixed(engine, arguments)
+    mixed = replay_mixed(engine, arguments)
     engine.executor.shutdown()
-    return {"decode": rows, "mixed": mixed}
+    return {"decode": rows, "mixed": mixed, "mixed_profiled": profiled}
+
+
+def replay_mixed(engine: Engine, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Wall time of full steps of prompts among decodes, and of a bare replay of one of them as a graph.
+
+    The last to run on an engine: what is on the device afterwards is not what its host believes.
+    """
+    source = random.Random(7)
+    for _ in range(96):
+        engine.submit(prompt_of(source, 400, engine.info.vocab_size), 500, arguments.temperature)
+    engine.run(lambda: sum(engine.results[-1][2].counts) >= 90)
+    for _ in range(160):
+        engine.submit(prompt_of(source, 600, engine.info.vocab_size), 100, arguments.temperature)
+    engine.results.clear()
+    program = engine.runner.program
+    launch = program.mixed
+    seen: list[tuple[int, MixedStep | None, Spread]] = []
+
+    def launch_and_keep(decodes: int, step: MixedStep, *, spread: Spread) -> int:
+        seen.append((decodes, copy.deepcopy(step) if len(seen) == 1 else None, spread))
+        return launch(decodes, step, spread=spread)
+
+    program.mixed = launch_and_keep  # type: ignore[method-assign]
+    engine.run(lambda: sum(1 for _, prefill, _ in engine.results if prefill) >= 5)
+    engine.settle()
+    program.mixed = launch  # type: ignore[method-assign]
+    mixed = [entry for entry in engine.results if entry[1]]
+    walls = [after[0] - before[0] for before, after in pairwise(mixed)][1:4]
+    decodes, step, spread = seen[1]
+    assert step is not None
+
+    @torch.inference_mode()
+    def again() -> None:
+        launch(decodes, step, spread=spread)
+        program.choose_mixed(step, filtered=False)
+
+    again()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    taken = []
+    for _ in range(5):
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        taken.append(begin.elapsed_time(end))
+    wall, bare = statistics.median(walls) / 1e6, statistics.median(taken)
+    row = {"rows": [rows for _, rows, _ in mixed], "wall_ms": wall, "bare_ms": bare, "idle_ms": wall - bare}
+    print(json.dumps(row), flush=True)
+    return row
 
 
 def profile_mixed(engine: Engine, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -110,17 +110,20 @@ class _Bench:
         self._library: CublasLt | None = None
 
     def fastest(self, rows: int, weights: Sequence[Tensor]) -> Choice | None:
-        """The algorithm that takes the least time, agrees with torch, and beats it by enough; None if there is none."""
+        """The algorithm that takes the least time, agrees with torch, and beats it by enough.
+
+        None if there is none, or no memory to find out.
+        """
         outputs, inputs = weights[0].shape
-        x = torch.randn(rows, inputs, dtype=weights[0].dtype, device=weights[0].device)
-        out = x.new_empty(rows, outputs)
-        expected = linear(x, weights[0])
         try:
+            x = torch.randn(rows, inputs, dtype=weights[0].dtype, device=weights[0].device)
+            out = x.new_empty(rows, outputs)
+            expected = linear(x, weights[0])
             if self._library is None:
                 self._library = CublasLt(x.device)
             product = self._library.product(rows, outputs, inputs)
             choices = [Choice(product, algorithm) for algorithm in product.algorithms(CANDIDATES)]
-        except CublasLtError:
+        except (CublasLtError, torch.OutOfMemoryError):
             return None
         best, least = None, WORTH * _milliseconds(lambda weight: torch.mm(x, weight.t(), out=out), weights)
         for choice in choices:
@@ -134,9 +137,9 @@ class _Bench:
     ) -> float | None:
         try:
             choice.run(x, weights[0], out)
-        except CublasLtError:
-            return None
-        if not _agree(out, expected):
+            if not _agree(out, expected):
+                return None
+        except (CublasLtError, torch.OutOfMemoryError):
             return None
         return _milliseconds(lambda weight: choice.run(x, weight, out), weights)
 
