@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from penstock.executor.layers.cublaslt import CublasLt
+from penstock.executor.layers.cublaslt import CublasLt, CublasLtError
 from penstock.executor.layers.linear import Linear
 from penstock.executor.layers.matmul import Choice, Products
 from penstock.executor.layers.norm import RMSNorm
@@ -63,6 +63,19 @@ def test_nothing_is_chosen_where_nothing_can_be_measured() -> None:
     products = Products()
     products.tune([1, 2], [torch.randn(4, 8)], limit_s=1)
     assert not products.chosen
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without the library")
+def test_a_machine_without_the_library_is_told() -> None:
+    with pytest.raises(CublasLtError, match="has not loaded cuBLASLt"):
+        CublasLt(torch.device("cpu"))
+
+
+def test_adding_to_a_residual() -> None:
+    x, weight, residual = torch.randn(3, 8), torch.randn(4, 8), torch.randn(3, 4)
+    expected = residual + linear(x, weight)
+    assert Products().add_to(residual, x, weight) is residual
+    torch.testing.assert_close(residual, expected)
 
 
 @pytest.mark.gpu
