@@ -19,6 +19,8 @@ from penstock.local.traces.waterfall import draw
 _SERVICE = "/penstock.local.Traces"
 _MAX_TRACE_BYTES = 64 << 20
 _POLL_S = 0.05
+_ANSWER_S = 5.0
+"""In which a receiver answers, whatever it has: on a busy machine that takes longer than somebody may want to wait."""
 
 
 class TraceNotFound(Exception):
@@ -29,7 +31,7 @@ class ReceiverUnavailable(Exception):
     """No trace receiver answers at that address."""
 
 
-def fetch(address: str, trace_id: str = "", *, timeout_s: float = 5.0) -> tuple[Span, ...]:
+def fetch(address: str, trace_id: str = "", *, timeout_s: float = _ANSWER_S) -> tuple[Span, ...]:
     """The spans of a trace; without an id, of the latest complete one.
 
     Raises TraceNotFound and ReceiverUnavailable.
@@ -39,7 +41,7 @@ def fetch(address: str, trace_id: str = "", *, timeout_s: float = 5.0) -> tuple[
     return tuple(pair[0] for pair in decoded if pair is not None)
 
 
-def recent(address: str, *, timeout_s: float = 5.0) -> list[Summary]:
+def recent(address: str, *, timeout_s: float = _ANSWER_S) -> list[Summary]:
     """The newest traces, newest first. Raises ReceiverUnavailable."""
     return msgspec.json.decode(_call(address, "List", b"", timeout_s), type=list[Summary])
 
@@ -50,13 +52,13 @@ def wait_for(
     """Ask for a trace until `ready` says that all is there: processes send their spans at their own pace.
 
     After `timeout_s` what has arrived is returned, ready or not. Raises TraceNotFound if nothing has, and
-    ReceiverUnavailable.
+    ReceiverUnavailable if no answer comes, for which a receiver has some seconds of its own.
     """
     deadline = time.monotonic() + timeout_s
     while True:
         left_s = deadline - time.monotonic()
         try:
-            spans = fetch(address, trace_id, timeout_s=max(left_s, _POLL_S))
+            spans = fetch(address, trace_id, timeout_s=max(left_s, _ANSWER_S))
         except TraceNotFound:
             if left_s <= 0:
                 raise
