@@ -14,12 +14,8 @@ from torch import Tensor
 from penstock.kernels.activation import silu_mul
 from penstock.kernels.dispatch import INTERPRETED
 from penstock.kernels.norm import Late
+from support.devices import on_every_device
 
-CPU = pytest.param("cpu", id="interpreted" if INTERPRETED else "reference")
-GPU = pytest.param(
-    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
-)
-on_every_device = pytest.mark.parametrize("device", [CPU, GPU])
 in_every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 

@@ -10,17 +10,11 @@ import torch
 
 from penstock.kernels.batch.gather import StepRows, fill_rows, gather_rows
 from penstock.kernels.batch.state import LIVE, NOT_LIVE, ArenaLayout, BatchState
-from penstock.kernels.dispatch import INTERPRETED
+from support.devices import needs_gpu, on_every_device
 
 POISON = -77
 """Where nothing was written."""
 SCRATCH = 5000
-
-CPU = pytest.param("cpu", id="interpreted" if INTERPRETED else "reference")
-GPU = pytest.param(
-    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
-)
-on_every_device = pytest.mark.parametrize("device", [CPU, GPU])
 
 
 def random_state(slots: int, block_tokens: int, device: str, *, width: int = 7) -> BatchState:
@@ -112,7 +106,7 @@ def test_places_beyond_32_bits(device: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@needs_gpu
 def test_a_recorded_gather_follows_the_state() -> None:
     state = random_state(40, 16, "cuda")
     out = poisoned_rows(50, "cuda")

@@ -10,13 +10,7 @@ import torch
 
 from penstock.kernels.batch.state import LIVE, ArenaLayout, BatchState
 from penstock.kernels.batch.update import apply_words
-from penstock.kernels.dispatch import INTERPRETED
-
-CPU = pytest.param("cpu", id="interpreted" if INTERPRETED else "reference")
-GPU = pytest.param(
-    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
-)
-on_every_device = pytest.mark.parametrize("device", [CPU, GPU])
+from support.devices import on_every_device
 
 
 @on_every_device

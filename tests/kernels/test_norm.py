@@ -13,15 +13,11 @@ from torch import Tensor
 
 from penstock.kernels.dispatch import INTERPRETED
 from penstock.kernels.norm import add_rms_norm
+from support.devices import on_every_device
 
 EPS = 1e-6
 NAN = float("nan")
 
-CPU = pytest.param("cpu", id="interpreted" if INTERPRETED else "reference")
-GPU = pytest.param(
-    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
-)
-on_every_device = pytest.mark.parametrize("device", [CPU, GPU])
 in_every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 SHAPES = [(1, 1024), (3, 4096), (2, 8192), (5, 7), (37, 1000), (2, 5120)]
 

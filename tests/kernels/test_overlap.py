@@ -1,21 +1,42 @@
-"""Where launches may overlap: where it pays, inside the block, in this thread, and never interpreted."""
+"""Where launches may overlap: where the GPU can and it pays, inside the block, in this thread."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
+from penstock.kernels import overlap
 from penstock.kernels.dispatch import INTERPRETED
 from penstock.kernels.overlap import launch_options, overlap_pays, overlapped, overlaps
 
 
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that can."""
+    monkeypatch.setattr(overlap, "can_overlap", lambda: True)
+
+
+@pytest.mark.parametrize(("capability", "can"), [((8, 0), False), ((9, 0), True), ((12, 0), True)])
+def test_older_gpus_cannot(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], can: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert overlap.can_overlap.__wrapped__() is (can and not INTERPRETED)
+
+
+def test_without_a_gpu_nothing_overlaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not overlap.can_overlap.__wrapped__()
+
+
+@pytest.mark.usefixtures("hopper")
 def test_launches_overlap_inside_the_block() -> None:
     assert not overlaps()
     assert launch_options() == {}
     with overlapped():
-        assert overlaps() is not INTERPRETED
-        assert launch_options() == ({} if INTERPRETED else {"launch_pdl": True})
+        assert overlaps()
+        assert launch_options() == {"launch_pdl": True}
         with overlapped(False):
             assert not overlaps()
         with ThreadPoolExecutor(1) as pool:
@@ -23,6 +44,7 @@ def test_launches_overlap_inside_the_block() -> None:
     assert not overlaps()
 
 
+@pytest.mark.usefixtures("hopper")
 def test_an_error_ends_the_block() -> None:
     with pytest.raises(RuntimeError), overlapped():
         raise RuntimeError

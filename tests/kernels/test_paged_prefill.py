@@ -14,6 +14,7 @@ from torch import Tensor
 
 from penstock.kernels.attention.prefill import paged_prefill_attention
 from penstock.kernels.dispatch import INTERPRETED
+from support.devices import needs_gpu, on_every_device
 
 NAN = float("nan")
 NARROW = torch.float16 if INTERPRETED else torch.bfloat16
@@ -21,12 +22,6 @@ NARROW = torch.float16 if INTERPRETED else torch.bfloat16
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Of the error of a row, relative to its length."""
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, NARROW], ids=str)
-GPU = pytest.param(
-    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
-)
-on_every_device = pytest.mark.parametrize(
-    "device", [pytest.param("cpu", id="interpreted" if INTERPRETED else "reference"), GPU]
-)
 
 Lengths = Sequence[tuple[int, int]]
 """(cached tokens, rows of this step) of each sequence."""
@@ -157,7 +152,7 @@ def test_writes_its_own_rows_only(device: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@needs_gpu
 @DTYPES
 @pytest.mark.parametrize(
     ("kv_heads", "group", "head_dim"), [(8, 2, 128), (8, 4, 128), (2, 4, 64), (2, 2, 256)], ids=str
@@ -177,7 +172,7 @@ def test_real_shapes(dtype: torch.dtype, kv_heads: int, group: int, head_dim: in
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@needs_gpu
 def test_blocks_far_into_a_large_cache() -> None:
     """Offsets beyond 2³¹ elements."""
     case = Case([(100, 200), (0, 30)], device="cuda", dtype=torch.bfloat16, kv_heads=8, head_dim=128)

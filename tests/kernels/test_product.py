@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from penstock.kernels.dispatch import INTERPRETED
 from penstock.kernels.norm import add_rms_norm, add_rms_norm_reference
 from penstock.kernels.product import (
     GATED_NARROW,
@@ -18,13 +17,10 @@ from penstock.kernels.product import (
     split_product,
     split_shape,
 )
+from support.devices import on_every_kernel
 
 GATED = [shape for _, shape in GATED_NARROW + GATED_WIDE]
 SPLIT = [shape for _, shape in SPLIT_NARROW + SPLIT_WIDE]
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 
 
 def drawn(*shape: int, device: str) -> torch.Tensor:
@@ -36,7 +32,7 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_every_kernel
 @pytest.mark.parametrize("rows", [1, 7, 16, 33, 70])
 @pytest.mark.parametrize("shape", SPLIT)
 def test_parts_add_up_to_the_product(device: str, rows: int, shape: ProductShape) -> None:
@@ -51,7 +47,7 @@ def test_parts_add_up_to_the_product(device: str, rows: int, shape: ProductShape
     assert all(error(ours, theirs) < 5e-3 for ours, theirs in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_every_kernel
 @pytest.mark.parametrize("rows", [1, 16, 33, 70])
 @pytest.mark.parametrize("shape", GATED)
 def test_the_gate_is_applied(device: str, rows: int, shape: ProductShape) -> None:

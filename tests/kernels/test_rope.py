@@ -15,16 +15,11 @@ from torch import Tensor
 from penstock.kernels.dispatch import INTERPRETED
 from penstock.kernels.norm import Late
 from penstock.kernels.rope import rotate_and_store
+from support.devices import needs_gpu, on_every_device
 
 EPS = 1e-6
 NAN = float("nan")
 BLOCKS, BLOCK_TOKENS, MAX_POSITIONS = 9, 16, 200
-
-CPU = pytest.param("cpu", id="interpreted" if INTERPRETED else "reference")
-GPU = pytest.param(
-    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
-)
-on_every_device = pytest.mark.parametrize("device", [CPU, GPU])
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +183,7 @@ def test_no_rows(device: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@needs_gpu
 def test_places_beyond_two_thousand_million_elements() -> None:
     rows, kv_heads, head_dim = 17, 8, 128
     blocks = 2**31 // (BLOCK_TOKENS * kv_heads * head_dim) + 8

@@ -16,20 +16,11 @@ from penstock.kernels.dispatch import INTERPRETED
 from penstock.kernels.sampling import tail
 from penstock.kernels.sampling.reference import keep_min_p, keep_top_k, keep_top_p
 from penstock.kernels.sampling.tail import FAILED, INERT, MADE, TailOutput, sample_step, sample_step_reference
+from support.devices import needs_gpu, on_every_device, on_every_kernel
 
 INF, NAN = float("inf"), float("nan")
 POISON = -77
 """Where nothing was written."""
-
-GPU = pytest.param(
-    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
-)
-CPU = pytest.param("cpu", id="interpreted" if INTERPRETED else "reference")
-on_every_device = pytest.mark.parametrize("device", [CPU, GPU])
-on_every_kernel = pytest.mark.parametrize(
-    "device",
-    [pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")), GPU],
-)
 
 
 @pytest.fixture
@@ -330,7 +321,7 @@ def test_a_row_of_which_all_is_forbidden_takes_the_first(device: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@needs_gpu
 def test_replays_of_a_graph_are_steps() -> None:
     """Captured once, replayed five times: the same tokens as five steps launched one by one."""
     rows, vocab = 64, 32_000

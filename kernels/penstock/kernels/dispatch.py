@@ -10,6 +10,9 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run on the CPU, one program after another: for tests. Set before triton is imported."""
 
+SMALL_MODEL = 2048
+"""Elements of a row between the layers up to which a model counts as small where measured limits differ by that."""
+
 
 def uses_triton(tensor: Tensor) -> bool:
     """Whether an operation on ``tensor`` is computed by its kernel rather than by its torch reference."""

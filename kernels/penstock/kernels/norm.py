@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn.functional import rms_norm as torch_rms_norm
 
-from penstock.kernels.dispatch import uses_triton
+from penstock.kernels.dispatch import SMALL_MODEL, uses_triton
 
 
 class Late(NamedTuple):
@@ -26,17 +26,13 @@ class Late(NamedTuple):
         return self.stream.float().square().mean(-1, keepdim=True).add(self.eps).rsqrt()
 
 
-NARROW = 2048
-"""Elements of a row up to which a model is small."""
-
-
 def late_pays(rows: int, size: int) -> bool:
     """Whether a step of so many ``rows`` of ``size`` elements is faster if it normalises late, as measured on an H200.
 
     With fewer rows products split over their inputs (:mod:`penstock.kernels.product`) are faster, whose parts the norm
     adds; with many the row's factor is found too often.
     """
-    return 64 < rows <= 512 if size <= NARROW else 32 <= rows <= 144
+    return 64 < rows <= 512 if size <= SMALL_MODEL else 32 <= rows <= 144
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

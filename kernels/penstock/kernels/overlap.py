@@ -16,26 +16,33 @@ Measured on an H200: decode steps of up to 16 rows gain 4–8% with a model of 0
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from penstock.kernels.dispatch import INTERPRETED
+import torch
 
-NARROW = 2048
-"""Elements of a row up to which a model is small."""
+from penstock.kernels.dispatch import INTERPRETED, SMALL_MODEL
+
 _OVERLAPPED: ContextVar[bool] = ContextVar("overlapped", default=False)
+
+
+@functools.cache
+def can_overlap() -> bool:
+    """Whether there is a GPU that knows such launches: from Hopper, compute capability 9, on."""
+    return not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 def overlap_pays(rows: int, size: int) -> bool:
     """Whether the kernels of a decode step of so many ``rows`` of ``size`` elements had better overlap."""
-    return rows <= 16 or (size <= NARROW and 40 <= rows <= 64)
+    return rows <= 16 or (size <= SMALL_MODEL and 40 <= rows <= 64)
 
 
 @contextmanager
 def overlapped(pays: bool = True) -> Iterator[None]:
-    """Launches of this thread inside may overlap, if it ``pays``."""
-    token = _OVERLAPPED.set(pays and not INTERPRETED)
+    """Launches of this thread inside may overlap, if it ``pays`` and the GPU can."""
+    token = _OVERLAPPED.set(pays and can_overlap())
     try:
         yield
     finally:
