@@ -169,3 +169,11 @@ def test_anything_can_be_drawn(given_spans: list[tuple[int, int | None, int, int
     lines = draw(spans, 100, colour=False).splitlines()
     assert max(map(len, lines)) <= 100
     assert sum("service 402" in line for line in lines) == len({number for number, *_ in given_spans})
+
+
+def test_a_moment_before_its_span_has_one_sign() -> None:
+    """Clocks are read one after the other: an event may be a little earlier than what it belongs to."""
+    early = [span("decode", 1, None, 1, 9, events=(event("first_token", 0.9999), event("late", 0.5)))]
+    drawn = draw(early, 100, colour=False)
+    assert "first_token +0 µs" in drawn
+    assert "late -500 µs" in drawn

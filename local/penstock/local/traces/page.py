@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Final
 
-from penstock.local.traces.spans import Attribute, Row, Span, build_tree
+from penstock.local.traces.spans import Attribute, Row, Span, build_tree, sign
 
 _COLOURS: Final = ("#3b76c4", "#3c9a5f", "#b5683a", "#8a5bb5", "#b23f57", "#5a7d8c", "#a08a2e", "#3aa0a0")
 _STYLE: Final = """\
@@ -65,7 +65,8 @@ def _facts(span: Span, start: int) -> str:
     pairs = [(key, _value(value)) for key, value in span.attributes.items()]
     for event in span.events:
         more = " ".join(f"{key}={_value(value)}" for key, value in event.attributes.items())
-        pairs.append((f"◆ {event.name}", f"+{_duration(event.unix_ns - start)} {more}"))
+        since = event.unix_ns - start
+        pairs.append((f"◆ {event.name}", f"{sign(since)}{_duration(abs(since))} {more}"))
     if span.status_message:
         pairs.append(("status", span.status_message))
     items = "".join(f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in pairs)

@@ -122,3 +122,8 @@ def _descend(
 
 def _by_start(span: Span) -> tuple[int, int, str]:
     return span.start_ns, -span.end_ns, span.span_id
+
+
+def sign(ns: int) -> str:
+    """Of a time that is shown in microseconds at the finest: what rounds to none of them is not before."""
+    return "-" if ns < -500 else "+"

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from penstock.local.traces.spans import Attribute, Row, Span, SpanEvent, build_tree
+from penstock.local.traces.spans import Attribute, Row, Span, SpanEvent, build_tree, sign
 
 _MIN_WIDTH = 72
 _NAME_SHARE = 0.45
@@ -132,9 +132,9 @@ class _Drawing:
         return [self._paint(self._fit(indent + note, self._width), _DIM) for note in notes]
 
     def _event(self, span: Span, event: SpanEvent) -> str:
-        when = self._duration(event.unix_ns - span.start_ns)
-        name = self._clean(event.name)
-        return f"{self._glyphs.event} {name} +{when}  {self._pairs(event.attributes)}".rstrip()
+        since = event.unix_ns - span.start_ns
+        when = f"{sign(since)}{self._duration(abs(since))}"
+        return f"{self._glyphs.event} {self._clean(event.name)} {when}  {self._pairs(event.attributes)}".rstrip()
 
     def _pairs(self, attributes: dict[str, Attribute]) -> str:
         return "  ".join(f"{self._clean(key)}={self._value(value)}" for key, value in attributes.items())
