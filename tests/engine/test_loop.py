@@ -180,19 +180,22 @@ def test_a_plan_is_made_late_so_that_arrivals_are_in_it(executor: type[Simulated
     bench = Bench(depth=2, step_us=20_000, executor=executor())
     waits: list[float] = []
     bench.submit(1, 150)
+    leads_ms: list[float] = []
     with running(bench):
         while len(bench.outputs.get(1, ())) < 40:
             assert bench.take(2.0)
         for handle in range(2, 30):
             time.sleep(0.025 + handle * 0.0007)
+            leads_ms.append(bench.loop._times.lead(20_000_000) / 1e6)
             arrived = time.monotonic_ns()
             bench.submit(handle, 1)
             while handle not in bench.finished:
                 assert bench.take(2.0)
             waits.append((bench.finished[handle].first_token_ns - arrived) / 1e6 - 20)
         bench.send(commands.Cancel(pack_u32([1])))
-    assert statistics.median(waits) < 16, "half a step and a lead, on average: from arrival to the start of its step"
-    assert max(waits) < 60
+    # From arrival to the start of its step: half a step and a lead, on average. With plans made at once it is 28 ms.
+    assert statistics.median(waits) < 10 + statistics.median(leads_ms) + 9
+    assert statistics.median(leads_ms) < 10, "planning takes well under a millisecond"
 
 
 def test_a_request_that_the_core_cannot_take_fails_alone() -> None:

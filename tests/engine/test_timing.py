@@ -33,6 +33,18 @@ def test_the_lead_is_a_slow_plan_and_a_margin_and_at_most_one_step() -> None:
     assert times.lead(2 * MS) == 2 * MS
 
 
+@pytest.mark.parametrize("steps", [4, 16, 64, 128, 192])
+@pytest.mark.parametrize("when", [0, 2, 60])
+def test_two_interruptions_of_a_young_engine_do_not_make_it_plan_early(steps: int, when: int) -> None:
+    times = StepTimes()
+    hosts = [1 * MS] * steps
+    for index in (0, min(when, steps - 1)):
+        hosts[index] = 15 * MS
+    for host in hosts:
+        times.observe(SHAPE, 20 * MS, host)
+    assert times.lead(20 * MS) == 1 * MS + 300_000
+
+
 def test_the_period_is_a_moving_mean() -> None:
     times = StepTimes()
     for _ in range(100):

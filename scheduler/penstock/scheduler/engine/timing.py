@@ -9,6 +9,7 @@ _MARGIN_NS: Final = 300_000
 _WEIGHT: Final = 0.1
 _JUMP: Final = 2.0
 _JUMP_WEIGHT: Final = 0.5
+_ACCIDENTS: Final = 2
 
 
 class StepTimes:
@@ -16,7 +17,8 @@ class StepTimes:
 
     A time that departs from its mean by more than a factor of two weighs more: a device that has become slower or
     faster is believed within a few steps.
-    lead = 99th percentile of the host's time per plan over the last 1,000 steps + 0.3 ms, at most one step.
+    lead = 99th percentile of the host's time per plan over the last 1,000 steps + 0.3 ms, at most one step. Of fewer
+    than 300 that percentile is an extreme, which a host that was interrupted once would set: the two slowest never count.
     """
 
     def __init__(self) -> None:
@@ -48,9 +50,13 @@ class StepTimes:
         self._host.append(host_ns)
         self._observed += 1
         if self._observed <= 16 or self._observed % _REFRESH == 0:
-            ordered = sorted(self._host)
-            self._host_p99 = ordered[len(ordered) * 99 // 100]
+            self._host_p99 = _slow_plan(sorted(self._host))
 
     def observe_period(self, period_ns: int) -> None:
         """Results followed one another by that much."""
         self.period_ns += _WEIGHT * (period_ns - self.period_ns) if self.period_ns else period_ns
+
+
+def _slow_plan(ordered: list[int]) -> int:
+    """The 99th percentile of times in rising order, but never one of the two slowest unless there are no others."""
+    return ordered[max(0, min(len(ordered) * 99 // 100, len(ordered) - 1 - _ACCIDENTS))]
