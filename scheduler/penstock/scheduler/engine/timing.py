@@ -18,7 +18,7 @@ class StepTimes:
     A time that departs from its mean by more than a factor of two weighs more: a device that has become slower or
     faster is believed within a few steps.
     lead = 99th percentile of the host's time per plan over the last 1,000 steps + 0.3 ms, at most one step. Of fewer
-    than 300 that percentile is an extreme, which a host that was interrupted once would set: the two slowest never count.
+    than 300 that percentile is an extreme, which one interruption of the host would set: the two slowest never count.
     """
 
     def __init__(self) -> None:
