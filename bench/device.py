@@ -279,7 +279,7 @@ KINDS = (
     ("prefill_kernel", "prefill attention", "#8a5bb5"),
     ("nvjet", "matrix products", "#3c9a5f"),
     ("product", "matrix products", "#3c9a5f"),
-    ("choose", "sampling", "#b23f57"),
+    ("weigh", "sampling", "#b23f57"),
     ("Memcpy", "copies", "#222222"),
     ("", "others", "#b5683a"),
 )

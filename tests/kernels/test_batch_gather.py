@@ -10,7 +10,7 @@ import torch
 
 from penstock.kernels.batch.gather import StepRows, fill_rows, gather_rows
 from penstock.kernels.batch.state import LIVE, NOT_LIVE, ArenaLayout, BatchState
-from support.devices import needs_gpu, on_every_device
+from support.devices import on_every_device
 
 POISON = -77
 """Where nothing was written."""
@@ -106,7 +106,6 @@ def test_places_beyond_32_bits(device: str) -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_a_recorded_gather_follows_the_state() -> None:
     state = random_state(40, 16, "cuda")
     out = poisoned_rows(50, "cuda")

@@ -23,7 +23,6 @@ from penstock.kernels.batch.update_kernel import apply_words_kernel  # noqa: E40
 from penstock.kernels.norm_kernel import add_rms_norm_kernel, warps  # noqa: E402
 from penstock.kernels.rope_kernel import program_shape as rope_shape  # noqa: E402
 from penstock.kernels.rope_kernel import rotate_and_store_kernel  # noqa: E402
-from support.devices import needs_gpu  # noqa: E402
 
 KERNELS = (
     add_rms_norm_kernel,
@@ -176,7 +175,6 @@ def test_what_varies_from_step_to_step_is_not_specialised(kernel: Any) -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_one_compilation_serves_steps_of_any_size() -> None:
     from penstock.kernels.batch.gather import StepRows, fill_rows, gather_rows
     from penstock.kernels.batch.state import ArenaLayout, BatchState

@@ -17,16 +17,25 @@ if INTERPRETED:
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 triton = pytest.importorskip("triton")
 
-from penstock.kernels.sampling.choose_kernel import choose  # noqa: E402
 from penstock.kernels.sampling.filter_kernel import survey, threshold  # noqa: E402
 from penstock.kernels.sampling.finish_kernel import finish  # noqa: E402
 from penstock.kernels.sampling.launch import BLOCK, SURVEY_TILE  # noqa: E402
-from penstock.kernels.sampling.tail import CANDIDATES, FAILED, INERT, MADE, PEAK, TILE  # noqa: E402
+from penstock.kernels.sampling.reference import TILE  # noqa: E402
+from penstock.kernels.sampling.tail import CANDIDATES, FAILED, INERT, MADE, PEAK  # noqa: E402
+from penstock.kernels.sampling.weigh_kernel import weigh  # noqa: E402
 
-FLOATS = {"temperature", "top_p", "min_p", "floors", "scores", "residues", "peaks"}
-COUNTS = {"logits_stride", "partials", "vocabulary", "tiles", "peak_stride", "candidates_stride", "chunks"}
+FLOATS = {"temperature", "top_p", "min_p", "floors", "weights", "peaks"}
+COUNTS = {"logits_stride", "weights_stride", "vocabulary", "tiles", "peak_stride", "candidates_stride"}
 ALIGNED = {"logits_stride", "vocabulary", "candidates_stride"}
 """Multiples of 16, as they are for real vocabularies."""
+FINISH = {
+    "TILES": 512,
+    "TILE": TILE,
+    "STOP_IDS": MAX_STOP_IDS,
+    "INERT": INERT,
+    "MADE": MADE,
+    "FAILED": FAILED,
+}
 
 
 def compiled(kernel: Any, dtype: torch.dtype, warps: int, **constants: object) -> Any:
@@ -64,8 +73,8 @@ def resources(kernel: Any, folder: Path) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("kernel", "warps", "constants"),
     [
-        pytest.param(choose, 2, {"FILTERED": False, "STOP_IDS": MAX_STOP_IDS, "TILE": TILE}, id="choose"),
-        pytest.param(choose, 2, {"FILTERED": True, "STOP_IDS": MAX_STOP_IDS, "TILE": TILE}, id="choose, filtered"),
+        pytest.param(weigh, 1, {"FILTERED": False, "STOP_IDS": MAX_STOP_IDS, "TILE": TILE}, id="weigh"),
+        pytest.param(weigh, 1, {"FILTERED": True, "STOP_IDS": MAX_STOP_IDS, "TILE": TILE}, id="weigh, filtered"),
         pytest.param(survey, 8, {"STOP_IDS": MAX_STOP_IDS, "TILE": SURVEY_TILE, "PEAK": PEAK}, id="survey"),
         pytest.param(
             threshold,
@@ -73,12 +82,8 @@ def resources(kernel: Any, folder: Path) -> dict[str, int]:
             {"STOP_IDS": MAX_STOP_IDS, "CANDIDATES": CANDIDATES, "PEAKS": 512, "BLOCK": BLOCK, "SHIFT": None},
             id="threshold",
         ),
-        pytest.param(
-            finish,
-            2,
-            {"CHUNKS": 256, "STOP_IDS": MAX_STOP_IDS, "INERT": INERT, "MADE": MADE, "FAILED": FAILED},
-            id="finish",
-        ),
+        pytest.param(finish, 4, FINISH | {"FILTERED": False}, id="finish"),
+        pytest.param(finish, 4, FINISH | {"FILTERED": True}, id="finish, filtered"),
     ],
 )
 def test_kernels_fit_the_registers(
@@ -93,8 +98,9 @@ def test_kernels_fit_the_registers(
     assert made.metadata.shared <= 48 * 1024
 
 
-def test_noise_takes_one_logarithm_instruction() -> None:
-    """Two logarithms an entry, each a single instruction: library code for them would double the kernel's time."""
-    made = compiled(choose, torch.bfloat16, 2, FILTERED=False, STOP_IDS=MAX_STOP_IDS, TILE=TILE)
-    assert made.asm["ptx"].count("lg2.approx.ftz.f32") == 2 * TILE // (2 * 32)
+def test_weighing_a_tile_takes_wide_loads_and_one_exponential_an_entry() -> None:
+    made = compiled(weigh, torch.bfloat16, 1, FILTERED=False, STOP_IDS=MAX_STOP_IDS, TILE=TILE)
+    assert made.asm["ptx"].count("ex2.approx") == TILE // 32
+    assert made.asm["ptx"].count("lg2.approx.ftz.f32") == 1
     assert "ld.global.v4" in made.asm["ptx"]
+    assert "bar.sync" not in made.asm["ptx"], "one warp has nobody to wait for"

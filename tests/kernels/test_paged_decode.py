@@ -15,7 +15,7 @@ from torch import Tensor
 from penstock.kernels.attention.decode import paged_decode_attention
 from penstock.kernels.attention.decode_shapes import CUTS, FLOAT32, DecodeShape, Spread, decode_shape
 from penstock.kernels.dispatch import INTERPRETED
-from support.devices import needs_gpu, on_every_device, on_every_kernel
+from support.devices import on_every_device, on_every_kernel
 
 NAN = float("nan")
 NARROW = torch.float16 if INTERPRETED else torch.bfloat16
@@ -182,7 +182,6 @@ def test_the_hint_does_not_change_the_result(device: str, spread: Spread) -> Non
 
 
 @pytest.mark.gpu
-@needs_gpu
 @DTYPES
 @pytest.mark.parametrize(("kv_heads", "group"), [(8, 2), (8, 4)], ids=["Qwen3-0.6B", "Llama-3.1-8B"])
 @pytest.mark.parametrize(
@@ -203,7 +202,6 @@ def test_real_shapes(dtype: torch.dtype, kv_heads: int, group: int, lengths: lis
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("rows", [4, 40])
 def test_a_graph_reads_the_lengths_when_it_is_replayed(rows: int) -> None:
     case = Case([300] * rows, device="cuda", dtype=torch.bfloat16)
@@ -221,7 +219,6 @@ def test_a_graph_reads_the_lengths_when_it_is_replayed(rows: int) -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_blocks_far_into_a_large_cache() -> None:
     """Offsets beyond 2³¹ elements."""
     case = Case([200, 90, 1], device="cuda", dtype=torch.bfloat16, kv_heads=8, head_dim=128)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from penstock.kernels.attention.prefill import paged_prefill_attention
 from penstock.kernels.dispatch import INTERPRETED
-from support.devices import needs_gpu, on_every_device
+from support.devices import on_every_device
 
 NAN = float("nan")
 NARROW = torch.float16 if INTERPRETED else torch.bfloat16
@@ -152,7 +152,6 @@ def test_writes_its_own_rows_only(device: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 @DTYPES
 @pytest.mark.parametrize(
     ("kv_heads", "group", "head_dim"), [(8, 2, 128), (8, 4, 128), (2, 4, 64), (2, 2, 256)], ids=str
@@ -172,7 +171,6 @@ def test_real_shapes(dtype: torch.dtype, kv_heads: int, group: int, head_dim: in
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_blocks_far_into_a_large_cache() -> None:
     """Offsets beyond 2³¹ elements."""
     case = Case([(100, 200), (0, 30)], device="cuda", dtype=torch.bfloat16, kv_heads=8, head_dim=128)

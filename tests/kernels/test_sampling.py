@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.sampling.reference import (
+    ENTRY_LEVEL,
+    TILE,
+    TILE_LEVEL,
     SamplingRows,
     gumbel_noise,
     keep_top_k,
     keep_top_p,
     sample,
+    tile_weights,
 )
 
 INF = float("inf")
@@ -49,7 +53,7 @@ def test_greedy_takes_the_lowest_of_equal_ids() -> None:
     assert sample(logits, rows(3, temperature=0.0), torch.arange(3)).tolist() == [17, 5002, 0]
 
 
-@pytest.mark.parametrize("vocabulary", [5, 63, 1000])
+@pytest.mark.parametrize("vocabulary", [5, 63, 1000, 2500])
 def test_draws_follow_the_softmax(vocabulary: int) -> None:
     """Chi-square over 20,000 positions of one seed; the bound is six standard deviations above the mean."""
     logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(vocabulary)) * 0.7
@@ -69,20 +73,37 @@ def test_seeds_and_samples_are_independent_streams(axis: str) -> None:
     assert chi_square(drawn, logits.softmax(0)) < 4 + 6 * 8**0.5
 
 
+def test_tiles_weigh_the_logarithms_of_their_sums() -> None:
+    logits = torch.randn(3, 2 * TILE, generator=torch.Generator().manual_seed(4)) * 5
+    logits[1, TILE:] = -INF
+    warmth = torch.tensor([0.3, 1.0, 4.0])
+    tiles = logits.double().view(3, 2, TILE)
+    expected = warmth[:, None].double() * torch.logsumexp(tiles / warmth[:, None, None].double(), dim=-1)
+    torch.testing.assert_close(tile_weights(logits, warmth).double(), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_noise_is_distinct_across_every_coordinate() -> None:
-    positions = torch.arange(50)
-    noise = gumbel_noise(rows(50), positions, 1001)
+    positions, quads = torch.arange(50), torch.arange(250)
+    noise = gumbel_noise(rows(50), positions, quads, ENTRY_LEVEL)
+    assert noise.shape == (50, 1000)
     assert torch.isfinite(noise).all()
     assert torch.unique(noise).numel() > 0.99 * noise.numel()
-    others = [(rows(50, seed=7 + 2**40), 0), (rows(50, sample_index=1), 0), (rows(50), 50)]
-    for other, offset in others:
-        assert not (noise == gumbel_noise(other, positions + offset, 1001)).any(dim=1).all()
+    others = [
+        (rows(50, seed=7 + 2**40), 0, ENTRY_LEVEL),
+        (rows(50, sample_index=1), 0, ENTRY_LEVEL),
+        (rows(50), 50, ENTRY_LEVEL),
+        (rows(50), 0, TILE_LEVEL),
+    ]
+    for other, offset, level in others:
+        assert not (noise == gumbel_noise(other, positions + offset, quads, level)).any(dim=1).all()
 
 
-def test_noise_of_a_token_does_not_depend_on_the_vocabulary_size() -> None:
-    positions = torch.arange(3)
-    wide, narrow = (gumbel_noise(rows(3), positions, size) for size in (1000, 63))
-    assert torch.equal(wide[:, :63], narrow)
+def test_noise_of_a_member_is_that_of_its_quad() -> None:
+    positions, wide = torch.arange(3), torch.arange(250)
+    each = torch.stack((wide[:8], wide[8:16], wide[16:24]))
+    noise = gumbel_noise(rows(3), positions, wide, ENTRY_LEVEL)
+    some = gumbel_noise(rows(3), positions, each, ENTRY_LEVEL)
+    assert torch.equal(some, torch.stack([noise[row, 32 * row : 32 * row + 32] for row in range(3)]))
 
 
 def test_a_row_does_not_depend_on_its_batch_mates() -> None:

@@ -9,7 +9,6 @@ from torch import Tensor
 from penstock.kernels.batch.state import LIVE, ArenaLayout, BatchState
 from penstock.kernels.sampling.reference import SamplingRows, sample
 from penstock.kernels.sampling.tail import TailOutput, sample_step
-from support.devices import needs_gpu
 
 DRAWS = 100_000
 MODES = {
@@ -66,7 +65,6 @@ def test_draws_of_the_reference(mode: str) -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("vocab", [61, 5003])
 def test_draws_of_the_kernels(mode: str, vocab: int) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor
 from penstock.kernels.batch.state import LIVE, NOT_LIVE, ArenaLayout, BatchState
 from penstock.kernels.dispatch import INTERPRETED
 from penstock.kernels.sampling import tail
-from penstock.kernels.sampling.reference import keep_min_p, keep_top_k, keep_top_p
+from penstock.kernels.sampling.reference import TILE, keep_min_p, keep_top_k, keep_top_p
 from penstock.kernels.sampling.tail import FAILED, INERT, MADE, TailOutput, sample_step, sample_step_reference
-from support.devices import needs_gpu, on_every_device, on_every_kernel
+from support.devices import on_every_device, on_every_kernel
 
 INF, NAN = float("inf"), float("nan")
 POISON = -77
@@ -42,9 +42,9 @@ class Batch:
     def of(cls, rows: int, vocab: int, device: str) -> Batch:
         state = BatchState.allocate(ArenaLayout(rows, 2, rows), torch.device(device), scratch_block=0)
         out = TailOutput.allocate(rows, vocab, torch.device(device))
-        for scratch in (out.scores, out.residues, out.floors, out.peaks, out.candidates):
+        for scratch in (out.weights, out.floors, out.peaks, out.candidates):
             scratch.fill_(NAN)
-        for integers in (out.tokens, out.status, out.ids, out.cursors):
+        for integers in (out.tokens, out.status, out.cursors):
             integers.fill_(POISON)
         live = slice(0, rows)
         state.live[live] = LIVE
@@ -163,6 +163,31 @@ def test_floors_leave_what_the_reference_leaves(device: str, candidates: int, mo
     # The last token of a flat nucleus may be one further when a sum of masses differs in its last bits.
     assert int((left != expected).any(dim=1).sum()) <= rows // 50
     assert int((left != expected)[:, :].sum(dim=1).max()) <= 1
+
+
+@on_every_kernel
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_tile_weighs_the_logarithm_of_its_sum(device: str, dtype: torch.dtype) -> None:
+    """Against torch.logsumexp in float64, times the temperature; the best logit of a greedy row; nothing left: -inf."""
+    vocab = 1900
+    generator = torch.Generator().manual_seed(2)
+    batch = Batch.of(6, vocab, device)
+    warmth = torch.tensor([0.0, 0.1, 0.7, 1.0, 5.0, 1e-30], device=device)
+    batch.state.temperature[:6] = warmth
+    logits = (torch.randn(6, vocab, generator=generator) * 4).to(dtype).to(device)
+    logits[:, 512:1024] = -3.0
+    batch.step(logits, filtered=False)
+    padded = torch.nn.functional.pad(logits.double(), (0, 4 * TILE - vocab), value=-INF).view(6, 4, TILE)
+    expected = padded.amax(dim=-1)
+    drawn = warmth[1:5, None].double()
+    expected[1:5] = drawn * torch.logsumexp(padded[1:5] / drawn[..., None], dim=-1)
+    torch.testing.assert_close(batch.out.weights.double(), expected, rtol=1e-5, atol=1e-5)
+    batch.state.top_k[3] = 1
+    batch.state.live[:6] = LIVE
+    batch.step(logits, filtered=True)
+    peaks = padded[3].amax(dim=-1)
+    assert torch.equal(batch.out.weights[3] > -INF, peaks == peaks.max())
 
 
 @on_every_device
@@ -321,7 +346,6 @@ def test_a_row_of_which_all_is_forbidden_takes_the_first(device: str) -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_replays_of_a_graph_are_steps() -> None:
     """Captured once, replayed five times: the same tokens as five steps launched one by one."""
     rows, vocab = 64, 32_000

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from penstock.kernels.dispatch import INTERPRETED
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 CPU = pytest.param("cpu", id="interpreted" if INTERPRETED else "reference")
-GPU = pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 on_every_device = pytest.mark.parametrize("device", [CPU, GPU])
 """The kernel, or its reference on a CPU where nothing is interpreted."""
 on_every_kernel = pytest.mark.parametrize(

@@ -18,7 +18,7 @@ of :func:`penstock.kernels.sampling.reference.masses`.
 import triton
 import triton.language as tl
 
-from penstock.kernels.sampling.choose_kernel import forbid, forbidden_stops
+from penstock.kernels.sampling.forbid_kernel import forbid, forbidden_stops
 from penstock.kernels.sampling.reference import LOG2_E, STEEPEST, UNIT_MASS
 
 _LOG2_E = tl.constexpr(LOG2_E)

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from penstock.kernels.batch.state import MAX_STOP_IDS, BatchState
 from penstock.kernels.overlap import launch_options, overlaps
-from penstock.kernels.sampling.choose_kernel import choose
 from penstock.kernels.sampling.filter_kernel import survey, threshold
 from penstock.kernels.sampling.finish_kernel import finish
-from penstock.kernels.sampling.tail import FAILED, INERT, MADE, PEAK, TILE, TailOutput
+from penstock.kernels.sampling.reference import TILE
+from penstock.kernels.sampling.tail import FAILED, INERT, MADE, PEAK, TailOutput
+from penstock.kernels.sampling.weigh_kernel import weigh
 
-PROGRAMS = 4096
-"""About as many programs as keep every multiprocessor busy; more rows make each go over more tiles."""
+PROGRAMS = 4224
+"""At most so many programs, unless there are more rows: 32, of one warp each, on each multiprocessor of an H200."""
 SURVEY_TILE = 4096
 BLOCK = 4096
 """Logits that the program of one row looks at together."""
@@ -26,20 +27,20 @@ def launch_tail(logits: Tensor, slots: Tensor, state: BatchState, out: TailOutpu
     if filtered:
         _find_floors(logits, slots, state, out)
     chunks, tiles = chunks_of(rows, vocab, TILE)
-    partials = out.scores.stride(0)
-    choose[(chunks, rows)](
+    weights, stride = out.weights, out.weights.stride(0)
+    weigh[(chunks, rows)](
         logits, logits.stride(0), slots,
-        state.live, state.computed, state.outputs, state.min_tokens, state.stop_count, state.stop_ids,
-        state.temperature, state.seeds, state.sample_index,
-        out.floors, out.scores, out.ids, out.residues, partials, vocab, tiles,
-        FILTERED=filtered, STOP_IDS=MAX_STOP_IDS, TILE=TILE, OVERLAP=overlaps(), num_warps=2, **launch_options(),
+        state.live, state.outputs, state.min_tokens, state.stop_count, state.stop_ids, state.temperature,
+        out.floors, weights, stride, vocab, tiles,
+        FILTERED=filtered, STOP_IDS=MAX_STOP_IDS, TILE=TILE, OVERLAP=overlaps(), num_warps=1, **launch_options(),
     )  # fmt: skip
     finish[(rows,)](
-        slots, out.scores, out.ids, out.residues, partials, chunks,
-        state.live, state.last_token, state.computed, state.outputs, state.max_tokens,
-        state.stop_count, state.stop_ids, out.tokens, out.status,
-        CHUNKS=triton.next_power_of_2(partials), STOP_IDS=MAX_STOP_IDS,
-        INERT=INERT, MADE=MADE, FAILED=FAILED, OVERLAP=overlaps(), num_warps=2, **launch_options(),
+        logits, logits.stride(0), slots, weights, stride, out.floors,
+        state.live, state.last_token, state.computed, state.outputs, state.min_tokens, state.max_tokens,
+        state.stop_count, state.stop_ids, state.temperature, state.seeds, state.sample_index,
+        out.tokens, out.status, vocab, triton.cdiv(vocab, TILE),
+        FILTERED=filtered, TILES=max(4, triton.next_power_of_2(stride)), TILE=TILE, STOP_IDS=MAX_STOP_IDS,
+        INERT=INERT, MADE=MADE, FAILED=FAILED, OVERLAP=overlaps(), num_warps=4, **launch_options(),
     )  # fmt: skip
 
 
@@ -68,5 +69,5 @@ def _find_floors(logits: Tensor, slots: Tensor, state: BatchState, out: TailOutp
 def chunks_of(rows: int, vocab: int, tile: int) -> tuple[int, int]:
     """Into how many chunks a row is split, and how many tiles each of them has."""
     whole = triton.cdiv(vocab, tile)
-    tiles = min(whole, max(1, rows * whole // PROGRAMS))
+    tiles = triton.cdiv(whole, max(1, PROGRAMS // rows))
     return triton.cdiv(whole, tiles), tiles

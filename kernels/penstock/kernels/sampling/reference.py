@@ -1,15 +1,19 @@
 """Choosing tokens in plain torch: temperature, top-k, top-p, min-p, and a choice by the Gumbel-max trick.
 
-What a row yields depends on its own logits, parameters, seed, sample index and position, and on nothing else:
-the noise of vocabulary entry ``v`` is lane ``v % 4`` of Philox4x32-10 with
-
-    counter = (v // 4, position, sample index, 0)        key = (low, high word of the 64-bit seed)
-
-so a sequence that is preempted, moved or decoded in other company draws the same noise again.
-
 ``argmax(logits + temperature · g)`` with Gumbel noise ``g`` is a draw from ``softmax(logits / temperature)``
 (Gumbel 1954; Maddison et al. 2014): no normalisation, no cumulative sum, no sort. The temperature multiplies the noise
 rather than dividing the logits, so that none is too small: 0 is the greedy choice.
+
+The choice has two levels: first a tile of 512 entries, by its weight ``temperature · log Σ exp(logit / temperature)``,
+then an entry of that tile. That is the same law, P(tile) · P(entry | tile), and takes noise for some hundred tiles and
+512 entries instead of the whole vocabulary; the logits are read once, without any noise.
+
+What a row yields depends on its own logits, parameters, seed, sample index and position, and on nothing else:
+the noise of member ``m`` of a level (a tile: 1, an entry of the vocabulary: 0) is lane ``m % 4`` of Philox4x32-10 with
+
+    counter = (m // 4, position, sample index, level)        key = (low, high word of the 64-bit seed)
+
+so a sequence that is preempted, moved or decoded in other company draws the same noise again.
 
 The filters come in the order of ``transformers``: temperature, top-k, top-p of what top-k left, min-p. (vLLM applies
 min-p before top-k and top-p; the two differ only in the mass of which top-p takes its share.) Each keeps the logits at
@@ -21,13 +25,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from penstock.kernels.sampling.philox import Counter, philox_4x32, uniform, words
 
 LANES = 4
+TILE: Final = 512
+"""Vocabulary entries that are drawn from together: a part of what a seed means."""
+ENTRY_LEVEL: Final = 0
+TILE_LEVEL: Final = 1
 NUCLEUS_CANDIDATES = 256
 """Top-p looks at this many best tokens first, and sorts the whole row only if they do not hold the mass."""
 
@@ -85,15 +95,29 @@ def sample(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
     return chosen
 
 
-def gumbel_noise(rows: SamplingRows, positions: Tensor, vocabulary: int) -> Tensor:
-    """Standard Gumbel noise float32 [rows, vocabulary]."""
-    lanes = torch.arange(-(-vocabulary // LANES), device=rows.seed.device)
+def gumbel_noise(rows: SamplingRows, positions: Tensor, quads: Tensor, level: int) -> Tensor:
+    """Standard Gumbel noise float32 [rows, 4 · quads]: for four members of the level after ``4 · quads`` each.
+
+    ``positions`` int64 [rows]; ``quads`` int64 [quads] or [rows, quads].
+    """
     low, high = words(rows.seed[:, None])
-    counter: Counter = (lanes, positions[:, None], rows.sample_index[:, None], torch.zeros_like(lanes))
-    noise = torch.stack(philox_4x32(counter, (low, high)), dim=-1).flatten(1)[:, :vocabulary]
+    counter: Counter = (quads, positions[:, None], rows.sample_index[:, None], torch.full_like(quads, level))
+    noise = torch.stack(philox_4x32(counter, (low, high)), dim=-1).flatten(1)
     # -log(u) of a uniform u is exponential; log1p(-u) has the same law and keeps the digits where they
     # matter.
     return -torch.log(-torch.log1p(-uniform(noise)))
+
+
+def tile_weights(logits: Tensor, temperature: Tensor) -> Tensor:
+    """``temperature · log Σ exp(logit / temperature)`` of each tile, float32 [rows, tiles]; -inf where all logits are.
+
+    ``logits`` [rows, tiles · TILE]; ``temperature`` float32 [rows], > 0.
+    """
+    tiled = logits.reshape(len(logits), -1, TILE)
+    best = tiled.amax(dim=-1)
+    shifted = tiled - torch.where(best == float("-inf"), 0.0, best)[..., None]
+    total = torch.exp2(shifted * _steepness(temperature)[:, None, None]).sum(dim=-1)
+    return best + temperature[:, None] * total.log()
 
 
 def keep_top_k(logits: Tensor, top_k: Tensor) -> Tensor:
@@ -136,15 +160,29 @@ def masses(logits: Tensor, best: Tensor, temperature: Tensor) -> Tensor:
 
     ``best`` and ``temperature`` float32 [rows].
     """
-    steepness = torch.clamp(1.0 / temperature, max=STEEPEST) * LOG2_E
-    return (torch.exp2((logits - best[:, None]) * steepness[:, None]) * UNIT_MASS).long()
+    return (torch.exp2((logits - best[:, None]) * _steepness(temperature)[:, None]) * UNIT_MASS).long()
+
+
+def _steepness(temperature: Tensor) -> Tensor:
+    """The factor of logits in powers of two."""
+    return torch.clamp(1.0 / temperature, max=STEEPEST) * LOG2_E
 
 
 def _draw(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
     kept = keep_top_p(keep_top_k(logits, rows.top_k), rows.top_p, rows.temperature)
     if rows.min_p is not None:
         kept = keep_min_p(kept, rows.min_p, rows.temperature)
-    return (kept + rows.temperature[:, None] * gumbel_noise(rows, positions, logits.shape[1])).argmax(dim=-1)
+    padded = pad(kept, (0, -logits.shape[1] % TILE), value=float("-inf"))
+    warmth = rows.temperature[:, None]
+    weights = tile_weights(padded, rows.temperature)
+    lanes = torch.arange(TILE, device=logits.device)
+    quads = torch.arange(-(-weights.shape[1] // LANES), device=logits.device)
+    noise = gumbel_noise(rows, positions, quads, TILE_LEVEL)[:, : weights.shape[1]]
+    tile = (weights + warmth * noise).argmax(dim=-1, keepdim=True)
+    entries = tile * TILE + lanes
+    noise = gumbel_noise(rows, positions, tile * (TILE // LANES) + lanes[: TILE // LANES], ENTRY_LEVEL)
+    chosen = (padded.gather(1, entries) + warmth * noise).argmax(dim=-1)
+    return tile.squeeze(1) * TILE + chosen
 
 
 def _nucleus_floor(logits: Tensor, top_p: Tensor, temperature: Tensor) -> Tensor:

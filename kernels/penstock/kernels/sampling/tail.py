@@ -10,7 +10,7 @@ from torch import Tensor
 
 from penstock.kernels.batch.state import LIVE, MAX_STOP_IDS, NOT_LIVE, BatchState
 from penstock.kernels.dispatch import uses_triton
-from penstock.kernels.sampling.reference import SamplingRows, sample
+from penstock.kernels.sampling.reference import TILE, SamplingRows, sample
 
 INERT: Final = 0
 """The row's slot is not live: nothing was made."""
@@ -19,8 +19,6 @@ MADE: Final = 1
 FAILED: Final = 2
 """A logit was not finite: nothing was made and the slot is not live any more."""
 
-TILE: Final = 512
-"""Vocabulary entries that a program chooses from at a time."""
 PEAK: Final = 512
 """Vocabulary entries of which the filters know the largest logit."""
 CANDIDATES: Final = 4096
@@ -35,12 +33,8 @@ class TailOutput:
     """int32 [max_rows]; 0 unless one was made"""
     status: Tensor
     """int32 [max_rows]: INERT, MADE or FAILED"""
-    scores: Tensor
-    """float32 [max_rows, tiles]: the best perturbed logit of each chunk"""
-    ids: Tensor
-    """int32 [max_rows, tiles]: its entry"""
-    residues: Tensor
-    """float32 [max_rows, tiles]: NaN where a logit is not finite"""
+    weights: Tensor
+    """float32 [max_rows, tiles]: of each tile, as in the reference; NaN where a logit is not finite"""
     floors: Tensor
     """float32 [max_rows]: the lowest logit that the filters leave"""
     peaks: Tensor
@@ -60,13 +54,10 @@ class TailOutput:
         def integers(*shape: int) -> Tensor:
             return torch.zeros(max_rows, *shape, dtype=torch.int32, device=device)
 
-        tiles = -(-vocab // TILE)
         return cls(
             tokens=integers(),
             status=integers(),
-            scores=floats(tiles),
-            ids=integers(tiles),
-            residues=floats(tiles),
+            weights=floats(-(-vocab // TILE)),
             floors=floats(),
             peaks=floats(-(-vocab // PEAK)),
             candidates=floats(CANDIDATES),
