@@ -83,7 +83,7 @@ class Case:
 
         return paged_decode_attention_triton(*self.arguments, out=self.poisoned(), shape=shape)
 
-    def check(self, out: Tensor) -> None:
+    def assert_right(self, out: Tensor) -> None:
         """Every row within its bound; rows that do not count are zero."""
         difference = out.double().cpu() - self.expected
         error = difference.flatten(1).norm(dim=1)
@@ -119,13 +119,13 @@ def test_equals_the_definition(
     )
     out = case.poisoned()
     assert paged_decode_attention(*case.arguments, out=out) is out
-    case.check(out)
+    case.assert_right(out)
 
 
 @on_every_device
 def test_allocates_its_output(device: str) -> None:
     case = Case([33, 0, 5], device=device, dtype=torch.float32)
-    case.check(paged_decode_attention(*case.arguments))
+    case.assert_right(paged_decode_attention(*case.arguments))
 
 
 @on_every_kernel
@@ -137,7 +137,7 @@ def test_every_cut(device: str, shape: DecodeShape, block_tokens: int) -> None:
     chunk = shape.min_chunk
     lengths = [3 * chunk + 1, 3 * chunk, 2 * chunk - 1, chunk + shape.tile, chunk, shape.tile + 1, 1, 0]
     case = Case(lengths, device=device, dtype=NARROW, kv_heads=1, group=4, head_dim=128, block_tokens=block_tokens)
-    case.check(case.attend(shape))
+    case.assert_right(case.attend(shape))
 
 
 @on_every_kernel
@@ -154,7 +154,7 @@ def test_every_cut(device: str, shape: DecodeShape, block_tokens: int) -> None:
 )
 def test_splits(device: str, dtype: torch.dtype, splits: int, lengths: list[int]) -> None:
     case = Case(lengths, device=device, dtype=dtype, group=3)
-    case.check(case.attend(DecodeShape(tile=16, stages=2, warps=2, splits=splits, min_chunk=32)))
+    case.assert_right(case.attend(DecodeShape(tile=16, stages=2, warps=2, splits=splits, min_chunk=32)))
 
 
 @on_every_device
@@ -168,7 +168,7 @@ def test_writes_its_own_rows_only(device: str) -> None:
     case = Case([40, 3, 0], device=device, dtype=torch.float32)
     around = torch.full((7, *case.query.shape[1:]), NAN, device=device)
     paged_decode_attention(*case.arguments, out=around[2:5])
-    case.check(around[2:5])
+    case.assert_right(around[2:5])
     assert around[:2].isnan().all()
     assert around[5:].isnan().all()
 
@@ -178,7 +178,7 @@ def test_writes_its_own_rows_only(device: str) -> None:
 def test_the_hint_does_not_change_the_result(device: str, spread: Spread) -> None:
     rows = 30 if device == "cuda" else 3
     case = Case([70, 9, *[5] * (rows - 2)], device=device, dtype=NARROW, kv_heads=1)
-    case.check(paged_decode_attention(*case.arguments, spread=spread))
+    case.assert_right(paged_decode_attention(*case.arguments, spread=spread))
 
 
 @pytest.mark.gpu
@@ -198,7 +198,7 @@ def test_the_hint_does_not_change_the_result(device: str, spread: Spread) -> Non
 @pytest.mark.parametrize("spread", list(Spread))
 def test_real_shapes(dtype: torch.dtype, kv_heads: int, group: int, lengths: list[int], spread: Spread) -> None:
     case = Case(lengths, device="cuda", dtype=dtype, kv_heads=kv_heads, group=group, head_dim=128)
-    case.check(paged_decode_attention(*case.arguments, out=case.poisoned(), spread=spread))
+    case.assert_right(paged_decode_attention(*case.arguments, out=case.poisoned(), spread=spread))
 
 
 @pytest.mark.gpu
@@ -215,7 +215,7 @@ def test_a_graph_reads_the_lengths_when_it_is_replayed(rows: int) -> None:
         mine[tuple(slice(0, size) for size in its.shape)].copy_(its)
     out.fill_(NAN)
     graph.replay()
-    other.check(out)
+    other.assert_right(out)
 
 
 @pytest.mark.gpu
@@ -229,7 +229,7 @@ def test_blocks_far_into_a_large_cache() -> None:
         large[far:] = near
         setattr(case, name, large)
     case.tables += far
-    case.check(paged_decode_attention(*case.arguments, out=case.poisoned()))
+    case.assert_right(paged_decode_attention(*case.arguments, out=case.poisoned()))
 
 
 @pytest.mark.parametrize("spread", list(Spread))

@@ -87,7 +87,7 @@ class Case:
         assert paged_prefill_attention(self.query, self.keys, self.values, *tables, self.scale, out=out) is out
         return out
 
-    def check(self, out: Tensor) -> None:
+    def assert_right(self, out: Tensor) -> None:
         """Every row within its bound."""
         error = (out.double() - self.expected).flatten(1).norm(dim=1) / self.expected.flatten(1).norm(dim=1)
         assert (error <= BOUND[self.query.dtype]).all(), error.max()
@@ -112,7 +112,7 @@ def test_equals_the_definition(
         head_dim=head_dim,
         block_tokens=block_tokens,
     )
-    case.check(case.attend())
+    case.assert_right(case.attend())
 
 
 @on_every_device
@@ -122,14 +122,14 @@ def test_equals_the_definition(
 def test_ends_of_tiles(device: str, dtype: torch.dtype, cached: int, rows: int) -> None:
     """The first row sees the cached prefix and itself, the last one all, whatever the tiles are."""
     case = Case([(cached, rows)], device=device, dtype=dtype, group=1)
-    case.check(case.attend())
+    case.assert_right(case.attend())
 
 
 @on_every_device
 def test_allocates_its_output(device: str) -> None:
     case = Case([(3, 4), (0, 9)], device=device, dtype=torch.float32)
     tables = (case.tables, case.slots, case.starts, case.contexts, case.longest)
-    case.check(paged_prefill_attention(case.query, case.keys, case.values, *tables, case.scale))
+    case.assert_right(paged_prefill_attention(case.query, case.keys, case.values, *tables, case.scale))
 
 
 @on_every_device
@@ -138,7 +138,7 @@ def test_a_longer_bound_changes_nothing(device: str, dtype: torch.dtype) -> None
     """``max_query`` may be more than any sequence has."""
     case = Case([(3, 20), (0, 9)], device=device, dtype=dtype)
     case.longest = 300
-    case.check(case.attend())
+    case.assert_right(case.attend())
 
 
 @on_every_device
@@ -146,7 +146,7 @@ def test_a_longer_bound_changes_nothing(device: str, dtype: torch.dtype) -> None
 def test_writes_its_own_rows_only(device: str, dtype: torch.dtype) -> None:
     case = Case([(20, 30), (0, 3)], device=device, dtype=dtype)
     around = torch.full((50, *case.query.shape[1:]), NAN, dtype=dtype, device=device)
-    case.check(case.attend(around[7:40]))
+    case.assert_right(case.attend(around[7:40]))
     assert around[:7].isnan().all()
     assert around[40:].isnan().all()
 
@@ -167,7 +167,7 @@ def test_writes_its_own_rows_only(device: str, dtype: torch.dtype) -> None:
 )
 def test_real_shapes(dtype: torch.dtype, kv_heads: int, group: int, head_dim: int, lengths: Lengths) -> None:
     case = Case(lengths, device="cuda", dtype=dtype, kv_heads=kv_heads, group=group, head_dim=head_dim)
-    case.check(case.attend())
+    case.assert_right(case.attend())
 
 
 @pytest.mark.gpu
@@ -181,4 +181,4 @@ def test_blocks_far_into_a_large_cache() -> None:
         large[far:] = near
         setattr(case, name, large)
     case.tables += far
-    case.check(case.attend())
+    case.assert_right(case.attend())
