@@ -14,6 +14,10 @@ _RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("betterproto2", "grpcio", "msgspec", "numpy", "protobuf", "tokenizers", "torch", "triton")
 
 
+_WRITTEN = ("bench/results", "docs/performance.md")
+"""What benchmarks and the table made of them change themselves."""
+
+
 def environment() -> dict[str, Any]:
     """Hardware, versions and commit of this run."""
     return {
@@ -25,7 +29,9 @@ def environment() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "packages": {name: _version(name) for name in _PACKAGES},
         "commit": os.environ.get("PENSTOCK_COMMIT") or _git("rev-parse", "HEAD"),
-        "uncommitted": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/bench/results")),
+        "uncommitted": bool(
+            _git("status", "--porcelain", "--untracked-files=no", "--", ":/", *(f":!/{path}" for path in _WRITTEN))
+        ),
     }
 
 
