@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.executor.worker.device import program
+from penstock.executor.worker.device import program, start
 from penstock.local import LLM, SamplingParams
 from support.tiny_llama import TinyLlama, build_tiny_llama
 
@@ -15,9 +15,10 @@ from support.tiny_llama import TinyLlama, build_tiny_llama
 def tokens_of(folder: Path, rows: int, overlapping: bool, patch: pytest.MonkeyPatch) -> list[list[int]]:
     """What ``rows`` sequences of different lengths make."""
     patch.setattr(program, "overlap_pays", lambda rows, size: overlapping)
+    patch.setattr(start, "TUNE_SECONDS", 0.0)  # of near-equal algorithms either may win, and rounds its own way
     source = random.Random(rows)
     prompts = [[source.randrange(5, 90) for _ in range(source.randrange(1, 90))] for _ in range(rows)]
-    settings = {"device": "cuda", "dtype": "bfloat16", "executor": "uniproc", "gpu_memory_utilization": 0.05}
+    settings = {"device": "cuda", "dtype": "bfloat16", "executor": "uniproc"}
     with LLM(folder, **settings, max_sequences=rows, max_step_tokens=8192) as llm:
         outputs = llm.generate(prompts, SamplingParams(temperature=1.0, max_tokens=80, ignore_eos=True), progress=False)
     return [list(output.outputs[0].token_ids) for output in outputs]

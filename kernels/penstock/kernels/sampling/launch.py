@@ -14,8 +14,11 @@ from penstock.kernels.sampling.reference import TILE
 from penstock.kernels.sampling.tail import FAILED, INERT, MADE, PEAK, TailOutput
 from penstock.kernels.sampling.weigh_kernel import weigh
 
-PROGRAMS = 4224
-"""At most so many programs, unless there are more rows: 32, of one warp each, on each multiprocessor of an H200."""
+PROGRAMS = 8448
+"""At most so many programs, unless there are more rows: 64, of one warp each, for each multiprocessor of an H200.
+
+That is twice as many as run at a time: the last ones are short, and all end together.
+"""
 SURVEY_TILE = 4096
 BLOCK = 4096
 """Logits that the program of one row looks at together."""
