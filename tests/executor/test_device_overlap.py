@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from penstock.executor.worker.device import program, start
+from penstock.executor.worker.device import start
+from penstock.kernels import overlap
 from penstock.local import LLM, SamplingParams
 from support.tiny_llama import TinyLlama, build_tiny_llama
 
 
 def tokens_of(folder: Path, rows: int, overlapping: bool, patch: pytest.MonkeyPatch) -> list[list[int]]:
     """What ``rows`` sequences of different lengths make."""
-    patch.setattr(program, "overlap_pays", lambda rows, size: overlapping)
+    patch.setattr(overlap, "overlap_pays", lambda rows, size: overlapping)
     patch.setattr(start, "TUNE_SECONDS", 0.0)  # of near-equal algorithms either may win, and rounds its own way
     source = random.Random(rows)
     prompts = [[source.randrange(5, 90) for _ in range(source.randrange(1, 90))] for _ in range(rows)]

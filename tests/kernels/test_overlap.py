@@ -32,23 +32,33 @@ def test_without_a_gpu_nothing_overlaps(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.usefixtures("hopper")
 def test_launches_overlap_inside_the_block() -> None:
-    assert not overlaps()
-    assert launch_options() == {}
-    with overlapped():
-        assert overlaps()
-        assert launch_options() == {"launch_pdl": True}
-        with overlapped(False):
-            assert not overlaps()
+    assert not overlaps(1)
+    assert launch_options(1) == {}
+    with overlapped(1024):
+        assert overlaps(1)
+        assert launch_options(1) == {"launch_pdl": True}
+        assert not overlaps(1000)
+        assert launch_options(1000) == {}
+        assert overlaps(64)
+        with overlapped(4096):
+            assert not overlaps(64)
+        assert overlaps(64)
         with ThreadPoolExecutor(1) as pool:
-            assert not pool.submit(overlaps).result()
-    assert not overlaps()
+            assert not pool.submit(overlaps, 1).result()
+    assert not overlaps(1)
 
 
 @pytest.mark.usefixtures("hopper")
 def test_an_error_ends_the_block() -> None:
-    with pytest.raises(RuntimeError), overlapped():
+    with pytest.raises(RuntimeError), overlapped(1024):
         raise RuntimeError
-    assert not overlaps()
+    assert not overlaps(1)
+
+
+def test_nothing_overlaps_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlap, "can_overlap", lambda: False)
+    with overlapped(1024):
+        assert not overlaps(1)
 
 
 def test_large_steps_do_not_overlap() -> None:

@@ -67,6 +67,6 @@ def add_rms_norm_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps:
         add_rms_norm_kernel[(rows,)](
             x, residual, weight, out, eps, rows,
             size, triton.next_power_of_2(size), x.shape[0] if partial else 1, add, add or partial,
-            overlaps(), num_warps=warps(size), **launch_options(),
+            overlaps(rows), num_warps=warps(size), **launch_options(rows),
         )  # fmt: skip
     return out, residual

@@ -1,8 +1,8 @@
 """Kernels that begin while the one before them ends: programmatic dependent launch (CUDA C++ programming guide).
 
 In a step of few rows a kernel works for a few microseconds, and about one more passes before the next one starts.
-Inside ``with overlapped():`` kernels are launched so that a kernel's programs may be on the device before the kernel in
-front of it is done; they load what never changes, and wait before they touch anything else
+Inside ``with overlapped(size):`` kernels of few rows are launched so that a kernel's programs may be on the device
+before the kernel in front of it is done; they load what never changes, and wait before they touch anything else
 (:mod:`penstock.kernels.overlap_kernel`).
 
 What keeps the order: every kernel that is launched so waits, in all of its programs, before its first write and before
@@ -25,7 +25,7 @@ import torch
 
 from penstock.kernels.dispatch import INTERPRETED, SMALL_MODEL
 
-_OVERLAPPED: ContextVar[bool] = ContextVar("overlapped", default=False)
+_SIZE: ContextVar[int | None] = ContextVar("size of an overlapped model's rows", default=None)
 
 
 @functools.cache
@@ -35,25 +35,29 @@ def can_overlap() -> bool:
 
 
 def overlap_pays(rows: int, size: int) -> bool:
-    """Whether the kernels of a decode step of so many ``rows`` of ``size`` elements had better overlap."""
+    """Whether a kernel over so many ``rows`` had better overlap, in a model of rows of ``size`` elements.
+
+    It depends on nothing else, so that a kernel which was compiled for a decode step serves others as well.
+    """
     return rows <= 16 or (size <= SMALL_MODEL and 40 <= rows <= 64)
 
 
 @contextmanager
-def overlapped(pays: bool = True) -> Iterator[None]:
-    """Launches of this thread inside may overlap, if it ``pays`` and the GPU can."""
-    token = _OVERLAPPED.set(pays and can_overlap())
+def overlapped(size: int) -> Iterator[None]:
+    """Launches of this thread inside, of a model of rows of ``size`` elements, may overlap, where the GPU can."""
+    token = _SIZE.set(size if can_overlap() else None)
     try:
         yield
     finally:
-        _OVERLAPPED.reset(token)
+        _SIZE.reset(token)
 
 
-def overlaps() -> bool:
-    """Whether launches overlap here: an argument of the kernels that can."""
-    return _OVERLAPPED.get()
+def overlaps(rows: int) -> bool:
+    """Whether a launch over so many ``rows`` overlaps here: an argument of the kernels that can."""
+    size = _SIZE.get()
+    return size is not None and overlap_pays(rows, size)
 
 
-def launch_options() -> dict[str, bool]:
+def launch_options(rows: int) -> dict[str, bool]:
     """The launch's side of it."""
-    return {"launch_pdl": True} if _OVERLAPPED.get() else {}
+    return {"launch_pdl": True} if overlaps(rows) else {}

@@ -73,7 +73,7 @@ def split_product_triton(x: Tensor, weight: Tensor, shape: ProductShape) -> Tens
     grid = (outputs // shape.outputs, triton.cdiv(rows, shape.rows), shape.splits)
     split_product_kernel[grid](
         x, weight, partial, rows, outputs, inputs, shape.rows, shape.outputs, shape.inputs, shape.splits,
-        overlaps(), num_warps=shape.warps, num_stages=shape.stages, **launch_options(),
+        overlaps(rows), num_warps=shape.warps, num_stages=shape.stages, **launch_options(rows),
     )  # fmt: skip
     return partial
 
@@ -86,6 +86,6 @@ def gated_product_triton(x: Tensor, weight: Tensor, shape: ProductShape) -> Tens
     grid = (outputs // shape.outputs, triton.cdiv(rows, shape.rows))
     gated_product_kernel[grid](
         x, weight, out, rows, outputs, inputs, shape.rows, shape.outputs, shape.inputs,
-        overlaps(), num_warps=shape.warps, num_stages=shape.stages, **launch_options(),
+        overlaps(rows), num_warps=shape.warps, num_stages=shape.stages, **launch_options(rows),
     )  # fmt: skip
     return out

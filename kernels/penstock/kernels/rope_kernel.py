@@ -107,6 +107,6 @@ def rotate_and_store_triton(
             qkv, positions, cos_sin, q_weight, k_weight, eps, keys, values, slot_mapping, query, stream, stream_eps,
             heads, kv_heads, head_dim // 2, triton.next_power_of_2(head_dim // 2), tile, q_weight is not None,
             size, triton.next_power_of_2(max(1, size)),
-            overlaps(), num_warps=warps, **launch_options(),
+            overlaps(rows), num_warps=warps, **launch_options(rows),
         )  # fmt: skip
     return query

@@ -204,12 +204,12 @@ def paged_decode_attention_triton(
         query, keys, values, block_tables, row_slots, context_lengths, out, partial, partial_lse, counters,
         scale * _LOG2E, heads, kv_heads, head_dim, dim, packed, block_tables.stride(0), block_tokens, tile,
         shape.splits, triton.next_power_of_2(shape.splits), merged, shape.min_chunk, shape.stages,
-        full_precision(query.dtype), overlaps(), num_warps=shape.warps, **launch_options(),
+        full_precision(query.dtype), overlaps(rows), num_warps=shape.warps, **launch_options(rows),
     )  # fmt: skip
     if shape.splits > 1 and not merged:
         merge_kernel[(heads, rows)](
             partial, partial_lse, context_lengths, out, heads, head_dim, dim, tile,
-            shape.splits, triton.next_power_of_2(shape.splits), shape.min_chunk, overlaps(),
-            num_warps=1, **launch_options(),
+            shape.splits, triton.next_power_of_2(shape.splits), shape.min_chunk, overlaps(rows),
+            num_warps=1, **launch_options(rows),
         )  # fmt: skip
     return out

@@ -35,7 +35,8 @@ def launch_tail(logits: Tensor, slots: Tensor, state: BatchState, out: TailOutpu
         logits, logits.stride(0), slots,
         state.live, state.outputs, state.min_tokens, state.stop_count, state.stop_ids, state.temperature,
         out.floors, weights, stride, vocab, tiles,
-        FILTERED=filtered, STOP_IDS=MAX_STOP_IDS, TILE=TILE, OVERLAP=overlaps(), num_warps=1, **launch_options(),
+        FILTERED=filtered, STOP_IDS=MAX_STOP_IDS, TILE=TILE, OVERLAP=overlaps(rows),
+        num_warps=1, **launch_options(rows),
     )  # fmt: skip
     finish[(rows,)](
         logits, logits.stride(0), slots, weights, stride, out.floors,
@@ -43,7 +44,7 @@ def launch_tail(logits: Tensor, slots: Tensor, state: BatchState, out: TailOutpu
         state.stop_count, state.stop_ids, state.temperature, state.seeds, state.sample_index,
         out.tokens, out.status, vocab, triton.cdiv(vocab, TILE),
         FILTERED=filtered, TILES=max(4, triton.next_power_of_2(stride)), TILE=TILE, STOP_IDS=MAX_STOP_IDS,
-        INERT=INERT, MADE=MADE, FAILED=FAILED, OVERLAP=overlaps(), num_warps=4, **launch_options(),
+        INERT=INERT, MADE=MADE, FAILED=FAILED, OVERLAP=overlaps(rows), num_warps=4, **launch_options(rows),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from penstock.kernels.attention.decode_shapes import DecodeShape, Spread, decode
 from penstock.kernels.batch.gather import StepRows, fill_rows, gather_rows
 from penstock.kernels.batch.state import ArenaLayout, BatchState
 from penstock.kernels.batch.update import apply_words
-from penstock.kernels.overlap import overlap_pays, overlapped
+from penstock.kernels.overlap import overlapped
 from penstock.kernels.sampling.tail import TailOutput, sample_step
 
 
@@ -44,6 +44,8 @@ class Program:
     ) -> None:
         """``pages``: one cache a layer, of ``capacity.num_blocks`` blocks and one more, the scratch block."""
         self._model, self._pages = model, pages
+        self.row_size = model.hidden_size
+        """Elements of a row between the layers."""
         self._block_tokens = capacity.block_tokens
         rows = capacity.max_sequences
         self.layout = ArenaLayout(rows, capacity.table_width, rows)
@@ -69,13 +71,13 @@ class Program:
         """
         gather_rows(self.state, rows, self._block_tokens, self.rows)
         step = DeviceStep(self.state, self.rows, rows, spread=spread)
-        with overlapped(overlap_pays(rows, self._model.hidden_size)):
+        with overlapped(self.row_size):
             hidden = self._model.forward(self.rows.ids[:rows], step, self._pages)
             self._model.logits(hidden, out=self.logits[:rows])
 
     def choose(self, rows: int, *, filtered: bool) -> None:
         """The next tokens of the first ``rows`` rows of the decode batch."""
-        with overlapped(overlap_pays(rows, self._model.hidden_size)):
+        with overlapped(self.row_size):
             sample_step(self.logits[:rows], self.state.row_slots[:rows], self.state, self.output, filtered=filtered)
 
     def mixed(self, decodes: int, step: MixedStep, *, spread: Spread) -> int:
@@ -85,16 +87,18 @@ class Program:
         fill_rows(self.state, self.rows, decodes, step.ids, step.positions, step.slots, self._block_tokens)
         count = decodes + step.ids.numel()
         attention = DeviceStep(self.state, self.rows, decodes, step.chunks, spread)
-        hidden = self._model.forward(self.rows.ids[:count], attention, self._pages, step.chosen)
         samples = step.chosen.numel()
-        if samples:
-            self._model.logits(hidden, out=self.logits[:samples])
+        with overlapped(self.row_size):
+            hidden = self._model.forward(self.rows.ids[:count], attention, self._pages, step.chosen)
+            if samples:
+                self._model.logits(hidden, out=self.logits[:samples])
         return samples
 
     def choose_mixed(self, step: MixedStep, *, filtered: bool) -> None:
         """The next tokens of the samples of a mixed step."""
         samples = step.chosen.numel()
-        sample_step(self.logits[:samples], step.sample_slots, self.state, self.output, filtered=filtered)
+        with overlapped(self.row_size):
+            sample_step(self.logits[:samples], step.sample_slots, self.state, self.output, filtered=filtered)
 
     def forget(self) -> None:
         """No slot is live."""

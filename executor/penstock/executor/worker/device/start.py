@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -15,15 +14,14 @@ import torch
 from penstock.executor.executor import Progress
 from penstock.executor.layers.attention import LayerCache
 from penstock.executor.step import ModelSpec
-from penstock.executor.worker.device.attention import ChunkRows
 from penstock.executor.worker.device.graphs import DecodeGraphs, graph_sizes
 from penstock.executor.worker.device.memory import GRAPH_BYTES, Budget, count_device_blocks
-from penstock.executor.worker.device.program import MixedStep, Program
+from penstock.executor.worker.device.program import Program
 from penstock.executor.worker.device.runner import DeviceRunner
+from penstock.executor.worker.device.warm_up import run_full_step, warm_up
 from penstock.executor.worker.kv_cache import PageShape, allocate_pages, longest_sequence
 from penstock.executor.worker.model_runner import LoadedModel, load_model
 from penstock.executor.worker.slots import Capacity
-from penstock.kernels.attention.decode_shapes import Spread
 
 TUNED_ROWS = 40
 """With fewer rows most products are kernels of our own."""
@@ -91,7 +89,7 @@ def start_on_device(spec: ModelSpec, device: torch.device, progress: Progress) -
     with torch.inference_mode():
         if device.type == "cuda":
             with report.stage("warm_up", device):
-                _run_full_step(program, spec.max_step_tokens, longest)
+                warm_up(program, spec.max_step_tokens, longest)
         if device.type == "cuda" and spec.cuda_graphs:
             with report.stage("products", device):
                 loaded.model.tune(
@@ -126,33 +124,9 @@ def _profile(spec: ModelSpec, loaded: LoadedModel, shape: PageShape, longest: in
     capacity = Capacity(spec.max_sequences, longest, spec.block_tokens, 1, loaded.config.vocab_size)
     pages: tuple[LayerCache, ...] = allocate_pages(shape, 2, device)
     program = Program(loaded.model, pages, capacity, spec.max_step_tokens, device)
-    _run_full_step(program, spec.max_step_tokens, longest)
+    run_full_step(program, spec.max_step_tokens, longest)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     del program, pages
     torch.cuda.empty_cache()
     return peak
-
-
-def _run_full_step(program: Program, max_step_tokens: int, longest: int) -> None:
-    """A step of as many rows and samples as there can be, all of the slot that is nobody's."""
-    slots, device = program.layout.slots, program.state.arena.device
-    rows = min(max_step_tokens, longest)
-    starts = [*range(0, max_step_tokens, rows), max_step_tokens]
-    lengths = [end - start for start, end in pairwise(starts)]
-
-    def column(values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=device)
-
-    positions = torch.arange(max_step_tokens, dtype=torch.int32, device=device) % rows
-    step = MixedStep(
-        ids=torch.zeros_like(positions),
-        positions=positions,
-        slots=torch.full_like(positions, slots),
-        chunks=ChunkRows(column([slots] * len(lengths)), column(starts), column(lengths), rows),
-        chosen=torch.arange(slots, dtype=torch.int32, device=device),
-        sample_slots=column([slots] * slots),
-    )
-    for filtered in (False, True):
-        program.mixed(slots, step, spread=Spread.MIXED)
-        program.choose_mixed(step, filtered=filtered)

@@ -1,0 +1,155 @@
+"""No step of a running worker launches a kernel that the start did not compile.
+
+Nothing is computed here: what is launched is written down, as what Triton tells kernels apart by.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from penstock.executor.layers.matmul import Products
+from penstock.executor.models.config import ModelConfig, RopeConfig
+from penstock.executor.models.registry import build_model
+from penstock.executor.worker.device.attention import ChunkRows
+from penstock.executor.worker.device.graphs import graph_sizes
+from penstock.executor.worker.device.program import MixedStep, Program
+from penstock.executor.worker.device.warm_up import warm_up
+from penstock.executor.worker.kv_cache import PageShape, allocate_pages
+from penstock.executor.worker.slots import Capacity
+from penstock.kernels import dispatch, overlap
+from penstock.kernels.attention.decode_shapes import Spread
+
+STEP_TOKENS = 1024
+SMALL = {"hidden_size": 1024, "intermediate_size": 3072, "heads": 16, "kv_heads": 8, "architecture": "Qwen3ForCausalLM"}
+LARGE = {"hidden_size": 4096, "intermediate_size": 8192, "heads": 32, "kv_heads": 8}
+ODD = {"hidden_size": 2560, "intermediate_size": 6912, "heads": 20, "kv_heads": 4, "head_dim": 80}
+FEW_HEADS = {"hidden_size": 1536, "intermediate_size": 4096, "heads": 12, "kv_heads": 2}
+
+
+@dataclass(slots=True)
+class Launches:
+    """What was launched."""
+
+    kinds: set[str] = field(default_factory=set)
+
+    def add(self, kernel: Any, *args: object, grid: object, warmup: bool, **options: object) -> None:
+        """In the place of :meth:`triton.JITFunction.run`."""
+        _, specialization, chosen = binder(kernel)(*args, debug=False, **options)
+        self.kinds.add(f"{kernel.__name__} {specialization} {chosen}")
+
+
+@functools.cache
+def binder(kernel: Any) -> Any:
+    """What Triton makes of the arguments of a launch."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    return create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """On what the start and the steps believe to be a Hopper GPU."""
+    if dispatch.INTERPRETED:
+        pytest.skip("an interpreted kernel is not compiled")
+    jit = pytest.importorskip("triton.runtime.jit")
+    found = Launches()
+    monkeypatch.setattr(dispatch, "INTERPRETED", True)
+    monkeypatch.setattr(overlap, "can_overlap", lambda: True)
+    monkeypatch.setattr(jit.JITFunction, "run", lambda self, *args, **options: found.add(self, *args, **options))
+    monkeypatch.setattr(Products, "__call__", _product)
+    monkeypatch.setattr(Products, "add_to", lambda self, residual, x, weight: residual)
+    return found
+
+
+def _product(
+    self: Products, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
+
+
+def program_of(slots: int, **shape: Any) -> Program:
+    """Of two layers; its parameters are whatever the memory held."""
+    fixed: dict[str, Any] = {
+        "architecture": "LlamaForCausalLM", "vocab_size": 640, "layers": 2, "head_dim": 128, "max_positions": 4096,
+        "norm_eps": 1e-5, "rope": RopeConfig(), "tied_head": True, "attention_bias": False, "mlp_bias": False,
+        "eos_ids": (), "dtype": "bfloat16",
+    }  # fmt: skip
+    config = ModelConfig(**fixed | shape)
+    device = torch.device("cpu")
+    model = build_model(config, torch.bfloat16, device)
+    model.absorb_norms()
+    capacity = Capacity(slots, 4096, 64, 1, config.vocab_size)
+    pages = allocate_pages(PageShape.of(config, 64, torch.bfloat16), 2, device)
+    return Program(model, pages, capacity, STEP_TOKENS, device)
+
+
+def capture(program: Program) -> None:
+    """What the capture of the graphs launches."""
+    for size in graph_sizes(program.layout.slots):
+        for spread in (Spread.EVEN, Spread.UNEVEN, Spread.MIXED):
+            program.decode(size, spread=spread)
+        for filtered in (False, True):
+            program.choose(size, filtered=filtered)
+
+
+def mixed(program: Program, decodes: int, lengths: list[int], completing: int, spread: Spread, filtered: bool) -> None:
+    """A step that computes known ids."""
+
+    def column(count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.int32)
+
+    rows, samples = sum(lengths), decodes + completing
+    chunks = ChunkRows(column(len(lengths)), column(len(lengths) + 1), column(len(lengths)), max(lengths))
+    step = MixedStep(column(rows), column(rows), column(rows), chunks, column(samples), column(samples))
+    program.mixed(decodes, step, spread=spread)
+    if samples:
+        program.choose_mixed(step, filtered=filtered)
+
+
+def run_every_kind_of_step(program: Program) -> None:
+    """Steps of all numbers of rows, and of random ones."""
+    slots, source = program.layout.slots, random.Random(3)
+    program.apply(torch.zeros(6, dtype=torch.int32))
+    for rows in range(1, slots + 1):
+        for spread in Spread:
+            program.decode(rows, spread=spread)
+    for rows in [*range(1, 161), 200, 255, 256, 300, 511, 512, 513, 700, STEP_TOKENS]:
+        mixed(program, 0, [rows], source.choice([0, 1]), Spread.EVEN, filtered=False)
+    for _ in range(600):
+        decodes = min(source.choice([0, 1, 3, 9, 20, 36, 50, 100, 200]), slots - 1)
+        chunks = source.randint(1, min(slots - decodes, 12))
+        longest = source.choice([3, 17, 40, (STEP_TOKENS - decodes) // chunks])
+        lengths = [source.randint(1, longest) for _ in range(chunks)]
+        completing = source.randint(0, chunks)
+        mixed(program, decodes, lengths, completing, source.choice(list(Spread)), source.random() < 0.5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "slots"),
+    [
+        pytest.param(SMALL, 256, id="small"),
+        pytest.param(SMALL, 37, id="small, few slots"),
+        pytest.param(LARGE, 256, id="large"),
+        pytest.param(LARGE, 4, id="large, few slots"),
+        pytest.param(ODD, 256, id="odd"),
+        pytest.param(FEW_HEADS, 64, id="few heads"),
+    ],
+)
+@torch.inference_mode()
+def test_nothing_is_compiled_after_the_start(launches: Launches, slots: int, shape: dict[str, Any]) -> None:
+    program = program_of(slots, **shape)
+    warm_up(program, STEP_TOKENS, 4096)
+    capture(program)
+    compiled = set(launches.kinds)
+    assert len(compiled) > 20
+    run_every_kind_of_step(program)
+    assert sorted(launches.kinds - compiled) == []
