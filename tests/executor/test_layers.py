@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from penstock.executor.layers.cublaslt import CublasLt, CublasLtError
 from penstock.executor.layers.linear import Linear
-from penstock.executor.layers.matmul import Choice, Products
+from penstock.executor.layers.matmul import COLD_BYTES, LAUNCHES, Choice, Products, launches
 from penstock.executor.layers.norm import RMSNorm
 from penstock.executor.layers.placement import Placement
 from penstock.executor.layers.rotary import RotaryEmbedding
@@ -63,6 +63,15 @@ def test_nothing_is_chosen_where_nothing_can_be_measured() -> None:
     products = Products()
     products.tune([1, 2], [torch.randn(4, 8)], limit_s=1)
     assert not products.chosen
+
+
+def test_products_are_measured_cold_and_long_enough() -> None:
+    small = torch.empty(1024, 1024, dtype=torch.bfloat16, device="meta")
+    assert launches(8, small) * (small.nbytes + 8 * 2 * (1024 + 1024)) > COLD_BYTES
+    large = torch.empty(28_672, 4096, dtype=torch.bfloat16, device="meta")
+    assert launches(64, large) == 7, "each takes 60 µs to read"
+    assert launches(16_384, large) == 1, "each takes 5 ms to multiply"
+    assert all(launches(rows, small) >= LAUNCHES for rows in (1, 64, 512))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -7,6 +7,7 @@ the host.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -26,10 +27,15 @@ WORTH: Final = 0.97
 """An algorithm is chosen if it takes at most this share of the time of torch's own choice."""
 CANDIDATES: Final = 8
 REPEATS: Final = 3
+HOPELESS: Final = 1.1
+"""An algorithm whose first repeat takes so much longer than the best so far is not repeated."""
 COLD_BYTES: Final = 100 * 2**20
-"""Weights of which each repeat reads at least so much are not found in a cache: twice that of an H200."""
+"""A product before whose next turn so much else is read and written is not found in a cache: twice that of an H200."""
 LAUNCHES: Final = 8
-"""Of a repeat, at least: a single one would be as short as what is uncertain about it."""
+"""Of a repeat, at least, unless fewer make up the span: a single short one would be as short as its uncertainty."""
+SPAN_S: Final = 4e-4
+SPEED: Final = (4e12, 7e14)
+"""Bytes and multiplications and additions a second, about: what tells how long a product will take."""
 QUEUE_CYCLES: Final = 200_000
 """For about so many cycles of its clock the device is held up, so that launches are queued when it begins."""
 
@@ -94,11 +100,10 @@ class Products:
                 by_shape[weight.shape[0], weight.shape[1]].append(weight)
         bench = _Bench()
         for shape, alike in sorted(by_shape.items(), key=lambda item: -len(item[1]) * item[1][0].numel()):
-            some = alike[: max(LAUNCHES, 1 + COLD_BYTES // alike[0].nbytes)]
             for count in rows:
                 if time.monotonic() >= deadline:
                     return
-                found = bench.fastest(count, some)
+                found = bench.fastest(count, alike[: launches(count, alike[0])])
                 if found is not None:
                     self.chosen[count, *shape] = found
 
@@ -127,26 +132,35 @@ class _Bench:
             return None
         best, least = None, WORTH * _milliseconds(lambda weight: torch.mm(x, weight.t(), out=out), weights)
         for choice in choices:
-            taken = self._measured(choice, x, weights, out, expected)
-            if taken is not None and taken <= least:
+            taken = self._measured(choice, x, weights, out, expected, HOPELESS * least)
+            if taken <= least:
                 best, least = choice, taken
         return best
 
     def _measured(
-        self, choice: Choice, x: Tensor, weights: Sequence[Tensor], out: Tensor, expected: Tensor
-    ) -> float | None:
+        self, choice: Choice, x: Tensor, weights: Sequence[Tensor], out: Tensor, expected: Tensor, most: float
+    ) -> float:
+        """Milliseconds; infinite if it cannot do this, or is wrong."""
         try:
             choice.run(x, weights[0], out)
             if not _agree(out, expected):
-                return None
+                return math.inf
         except (CublasLtError, torch.OutOfMemoryError):
-            return None
-        return _milliseconds(lambda weight: choice.run(x, weight, out), weights)
+            return math.inf
+        return _milliseconds(lambda weight: choice.run(x, weight, out), weights, most)
 
 
-def _milliseconds(launch: Callable[[Tensor], object], weights: Sequence[Tensor]) -> float:
-    """For a launch with each of ``weights``: the best of a few repeats."""
-    taken = []
+def launches(rows: int, weight: Tensor) -> int:
+    """With how many weights like that, one behind the other, a product of so many ``rows`` is measured."""
+    outputs, inputs = weight.shape
+    moved = weight.nbytes + rows * (outputs + inputs) * weight.itemsize
+    seconds = max(moved / SPEED[0], 2 * rows * outputs * inputs / SPEED[1])
+    return max(1 + COLD_BYTES // moved, min(LAUNCHES, math.ceil(SPAN_S / seconds)))
+
+
+def _milliseconds(launch: Callable[[Tensor], object], weights: Sequence[Tensor], most: float = math.inf) -> float:
+    """For a launch with each of ``weights``: the best of a few repeats, or of one that takes longer than ``most``."""
+    best = math.inf
     for _ in range(REPEATS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda._sleep(QUEUE_CYCLES)  # type: ignore[no-untyped-call]
@@ -155,8 +169,10 @@ def _milliseconds(launch: Callable[[Tensor], object], weights: Sequence[Tensor])
             launch(weight)
         end.record()
         end.synchronize()
-        taken.append(float(begin.elapsed_time(end)))
-    return min(taken)
+        best = min(best, float(begin.elapsed_time(end)))
+        if best > most:
+            break
+    return best
 
 
 def _agree(result: Tensor, expected: Tensor) -> bool:
