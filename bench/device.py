@@ -27,7 +27,7 @@ import torch
 
 from penstock.executor.step import ModelInfo, ModelSpec, Sampling, StepResult, pack_u32
 from penstock.executor.uniproc import UniprocExecutor
-from penstock.executor.worker.device.program import MixedStep
+from penstock.executor.worker.device.program import MixedStep, Program
 from penstock.executor.worker.device.runner import DeviceRunner
 from penstock.executor.worker.worker import Worker
 from penstock.kernels.attention.decode_shapes import Spread
@@ -181,23 +181,17 @@ def idle(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def replay_mixed(engine: Engine, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Wall time of full steps of prompts among decodes, and of a bare replay of one of them as a graph.
+    """Wall time of full steps of prompts among decodes, and of a bare replay of the same steps as graphs.
 
     The last to run on an engine: what is on the device afterwards is not what its host believes.
     """
-    source = random.Random(7)
-    for _ in range(96):
-        engine.submit(prompt_of(source, 400, engine.info.vocab_size), 500, arguments.temperature)
-    engine.run(lambda: sum(engine.results[-1][2].counts) >= 90)
-    for _ in range(160):
-        engine.submit(prompt_of(source, 600, engine.info.vocab_size), 100, arguments.temperature)
-    engine.results.clear()
+    arrive_among_decodes(engine, arguments, prompts=160)
     program = engine.runner.program
     launch = program.mixed
-    seen: list[tuple[int, MixedStep | None, Spread]] = []
+    seen: list[tuple[int, MixedStep, Spread]] = []
 
     def launch_and_keep(decodes: int, step: MixedStep, *, spread: Spread) -> int:
-        seen.append((decodes, copy.deepcopy(step) if len(seen) == 1 else None, spread))
+        seen.append((decodes, copy.deepcopy(step), spread))
         return launch(decodes, step, spread=spread)
 
     program.mixed = launch_and_keep  # type: ignore[method-assign]
@@ -205,13 +199,22 @@ def replay_mixed(engine: Engine, arguments: argparse.Namespace) -> dict[str, Any
     engine.settle()
     program.mixed = launch  # type: ignore[method-assign]
     mixed = [entry for entry in engine.results if entry[1]]
-    walls = [after[0] - before[0] for before, after in pairwise(mixed)][1:4]
-    decodes, step, spread = seen[1]
-    assert step is not None
+    steps = []
+    for number in range(1, 5):
+        wall = (mixed[number][0] - mixed[number - 1][0]) / 1e6
+        bare = replay_step(program, *seen[number])
+        steps.append({"rows": mixed[number][1], "wall_ms": wall, "bare_ms": bare, "idle_ms": wall - bare})
+    row = {"steps": steps, "idle_ms": statistics.median(step["idle_ms"] for step in steps)}
+    print(json.dumps(row), flush=True)
+    return row
 
-    @torch.inference_mode()
+
+@torch.inference_mode()
+def replay_step(program: Program, decodes: int, step: MixedStep, spread: Spread) -> float:
+    """Milliseconds of a step's kernels as one graph."""
+
     def again() -> None:
-        launch(decodes, step, spread=spread)
+        program.mixed(decodes, step, spread=spread)
         program.choose_mixed(step, filtered=False)
 
     again()
@@ -221,29 +224,31 @@ def replay_mixed(engine: Engine, arguments: argparse.Namespace) -> dict[str, Any
         again()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     taken = []
-    for _ in range(5):
+    for _ in range(3):
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        taken.append(begin.elapsed_time(end))
-    wall, bare = statistics.median(walls) / 1e6, statistics.median(taken)
-    row = {"rows": [rows for _, rows, _ in mixed], "wall_ms": wall, "bare_ms": bare, "idle_ms": wall - bare}
-    print(json.dumps(row), flush=True)
-    return row
+        taken.append(float(begin.elapsed_time(end)))
+    return statistics.median(taken)
+
+
+def arrive_among_decodes(engine: Engine, arguments: argparse.Namespace, prompts: int) -> None:
+    """96 sequences decode, and ``prompts`` of 600 tokens have come that no plan has scheduled yet."""
+    source = random.Random(5)
+    for number in range(96):
+        engine.submit(prompt_of(source, 200 + 8 * number, engine.info.vocab_size), 500, arguments.temperature)
+    engine.run(lambda: sum(engine.results[-1][2].counts) >= 90)
+    for _ in range(prompts):
+        engine.submit(prompt_of(source, 600, engine.info.vocab_size), 100, arguments.temperature)
+    engine.results.clear()
 
 
 def profile_mixed(engine: Engine, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Device time without any kernel or copy, per step, while prompts arrive among decodes."""
-    source = random.Random(5)
-    for number in range(96):
-        engine.submit(prompt_of(source, 200 + 8 * number, engine.info.vocab_size), 200, arguments.temperature)
-    engine.run(lambda: sum(engine.results[-1][2].counts) >= 90)
-    for _ in range(64):
-        engine.submit(prompt_of(source, 600, engine.info.vocab_size), 100, arguments.temperature)
-    engine.results.clear()
+    """Time in which there is no kernel and no copy on the device, step by step, while prompts arrive among decodes."""
+    arrive_among_decodes(engine, arguments, prompts=64)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        engine.run(lambda: len(engine.results) >= 12)
+        engine.run(lambda: len(engine.results) >= 14)
         engine.settle()
         torch.cuda.synchronize()
     finish(engine)
@@ -254,24 +259,30 @@ def profile_mixed(engine: Engine, arguments: argparse.Namespace) -> dict[str, An
     )
     if arguments.picture:
         arguments.picture.write_text(picture(named))
-    spans = [(start, end) for start, end, _ in named]
-    busy, gaps, last = 0.0, [], spans[0][0]
-    for start, end in spans:
-        if start > last:
-            gaps.append(start - last)
-        busy += max(0.0, end - max(start, last))
-        last = max(last, end)
-    mixed_steps = sum(1 for _, prefill, _ in engine.results if prefill)
-    row = {
-        "steps": len(engine.results),
-        "mixed_steps": mixed_steps,
-        "wall_us": spans[-1][1] - spans[0][0],
-        "busy_us": busy,
-        "idle_us_per_step": (spans[-1][1] - spans[0][0] - busy) / len(engine.results),
-        "longest_gap_us": max(gaps, default=0.0),
-    }
+    row = {}
+    for kind, idles in idle_by_step(named).items():
+        row[kind] = {"steps": len(idles), "idle_us": statistics.median(idles), "most_us": max(idles), "each_us": idles}
     print(json.dumps(row), flush=True)
     return row
+
+
+def idle_by_step(spans: Sequence[tuple[float, float, str]]) -> dict[str, list[float]]:
+    """Idle microseconds of steps of each kind, from the end of the step before to the step's own last kernel.
+
+    The first and the last step are left out: of the first the beginning is not known.
+    """
+    found: dict[str, list[float]] = {"mixed": [], "decode": []}
+    idle, last, kind, whole = 0.0, spans[0][0], "decode", False
+    for start, end, name in spans:
+        idle += max(0.0, start - last)
+        last = max(last, end)
+        if "prefill_kernel" in name:
+            kind = "mixed"
+        if name.startswith("finish"):
+            if whole:
+                found[kind].append(idle)
+            idle, kind, whole = 0.0, "decode", True
+    return found
 
 
 KINDS = (
@@ -308,7 +319,10 @@ def picture(spans: Sequence[tuple[float, float, str]], width: int = 1400, rows: 
 
 
 def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
-    """256 requests, prompts and outputs of 100 to 1024 tokens drawn from seed 0, all at once, begun as LLM does."""
+    """256 requests, prompts and outputs of 100 to 1024 tokens drawn from seed 0, all at once, the longest begun first.
+
+    So LLM begins them; ``--as-drawn`` begins them in the order in which clients of bench/served_mixed.py do.
+    """
     engine = Engine(spec_of(arguments, max_step_tokens=arguments.step_tokens, max_sequences=arguments.sequences))
     random.seed(0)
     prompts = [[random.randint(0, 10_000) for _ in range(random.randint(100, 1024))] for _ in range(256)]
@@ -318,7 +332,7 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
         engine.tokens = 0
         engine.results.clear()
         start = time.perf_counter()
-        for number in longest_first(lengths):
+        for number in range(len(lengths)) if arguments.as_drawn else longest_first(lengths):
             engine.submit(prompts[number], lengths[number], arguments.temperature)
         engine.run(lambda: False)
         seconds = time.perf_counter() - start
@@ -337,7 +351,11 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
         found.append(row)
     engine.executor.shutdown()
     measured = [row["tokens_s"] for row in found if not row["warm_up"]]
-    return {"runs": found, "median_tokens_s": statistics.median(measured) if measured else None}
+    return {
+        "as_drawn": arguments.as_drawn,
+        "runs": found,
+        "median_tokens_s": statistics.median(measured) if measured else None,
+    }
 
 
 PROGRAMS = {"steps": steps, "idle": idle, "throughput": throughput}
@@ -355,6 +373,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--step-tokens", type=int, default=16_384)
     parser.add_argument("--sequences", type=int, default=256, help="at once, for throughput")
+    parser.add_argument("--as-drawn", action="store_true", help="do not begin the longest first, for throughput")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--picture", type=Path, help="where the profile of mixed and decode steps goes, as SVG")
