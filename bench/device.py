@@ -3,7 +3,7 @@
 ``python bench/device.py steps MODEL``: the device time of a decode step by batch, at one context.
 ``python bench/device.py idle MODEL``: the share of a steady decode step in which the GPU waits: one minus the time of a
 bare replay of the same graphs over the wall time of a step, both from CUDA events of one process; and what it
-waits in a step that also computes known ids, by such a replay and by a profile.
+waits in a step that also computes known ids, by a profile.
 ``python bench/device.py throughput MODEL``: many requests of mixed lengths, without text.
 
 MODEL is a folder with a config.json; weights are drawn. The engine's core and the worker run in this process.
@@ -12,7 +12,6 @@ MODEL is a folder with a config.json; weights are drawn. The engine's core and t
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import random
 import select
@@ -27,10 +26,8 @@ import torch
 
 from penstock.executor.step import ModelInfo, ModelSpec, Sampling, StepResult, pack_u32
 from penstock.executor.uniproc import UniprocExecutor
-from penstock.executor.worker.device.program import MixedStep, Program
 from penstock.executor.worker.device.runner import DeviceRunner
 from penstock.executor.worker.worker import Worker
-from penstock.kernels.attention.decode_shapes import Spread
 from penstock.local.offline.llm import longest_first
 from penstock.scheduler.core.planner import Core
 from penstock.scheduler.core.policies.fcfs import FirstComeFirstServed
@@ -38,6 +35,8 @@ from penstock.scheduler.records.commands import Submit, SubmitSample
 from record import save
 
 WAIT_SECONDS = 60.0
+REPLAYED = 16
+"""Steps of a bare replay. Two of them must end within the last page of each sequence: nobody gives it another one."""
 
 
 class Engine:
@@ -121,7 +120,10 @@ def prompt_of(source: random.Random, length: int, vocab_size: int) -> list[int]:
 
 
 def decode_batch(engine: Engine, batch: int, context: int, steps: int, temperature: float) -> list[tuple[int, int]]:
-    """Wall and device nanoseconds of ``steps`` steps of ``batch`` sequences around ``context`` tokens."""
+    """Wall and device nanoseconds of ``steps`` steps of ``batch`` sequences around ``context`` tokens.
+
+    When it returns, the sequences have ``context + steps // 2 + 10`` tokens and those begun first some more.
+    """
     source = random.Random(batch)
     for _ in range(batch):
         engine.submit(prompt_of(source, context - steps // 2, engine.info.vocab_size), 10 * steps + 100, temperature)
@@ -161,76 +163,24 @@ def steps(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def idle(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Idle share of steady decodes, and of mixed steps."""
-    engine = Engine(spec_of(arguments))
+    """Idle share of steady decodes, and what steps idle while prompts arrive."""
+    spec = spec_of(arguments)
+    engine = Engine(spec)
     rows = []
     for batch in arguments.batches:
-        times = decode_batch(engine, batch, arguments.context, arguments.steps, arguments.temperature)
+        context = arguments.context + (4 - (arguments.context + arguments.steps // 2 + 10)) % spec.block_tokens
+        times = decode_batch(engine, batch, context, arguments.steps, arguments.temperature)
         wall = statistics.fmean(wall for wall, _ in times)
         # The replays go on where the steps ended: contexts grow, and two of them tell by how much that slows a step.
-        first, second = (engine.runner.replay(batch, arguments.steps) for _ in range(2))
-        bare = 2 * first - second
+        first, second = (engine.runner.replay(batch, REPLAYED) for _ in range(2))
+        bare = first - (second - first) * (REPLAYED + arguments.steps) / (2 * REPLAYED)
         finish(engine)
         row = {"batch": batch, "wall_ms": wall / 1e6, "bare_ms": bare / 1e6, "idle_share": 1 - bare / wall}
         print(json.dumps(row), flush=True)
         rows.append(row)
     profiled = profile_mixed(engine, arguments)
-    mixed = replay_mixed(engine, arguments)
     engine.executor.shutdown()
-    return {"decode": rows, "mixed": mixed, "mixed_profiled": profiled}
-
-
-def replay_mixed(engine: Engine, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Wall time of full steps of prompts among decodes, and of a bare replay of the same steps as graphs.
-
-    The last to run on an engine: what is on the device afterwards is not what its host believes.
-    """
-    arrive_among_decodes(engine, arguments, prompts=160)
-    program = engine.runner.program
-    launch = program.mixed
-    seen: list[tuple[int, MixedStep, Spread]] = []
-
-    def launch_and_keep(decodes: int, step: MixedStep, *, spread: Spread) -> int:
-        seen.append((decodes, copy.deepcopy(step), spread))
-        return launch(decodes, step, spread=spread)
-
-    program.mixed = launch_and_keep  # type: ignore[method-assign]
-    engine.run(lambda: sum(1 for _, prefill, _ in engine.results if prefill) >= 5)
-    engine.settle()
-    program.mixed = launch  # type: ignore[method-assign]
-    mixed = [entry for entry in engine.results if entry[1]]
-    steps = []
-    for number in range(1, 5):
-        wall = (mixed[number][0] - mixed[number - 1][0]) / 1e6
-        bare = replay_step(program, *seen[number])
-        steps.append({"rows": mixed[number][1], "wall_ms": wall, "bare_ms": bare, "idle_ms": wall - bare})
-    row = {"steps": steps, "idle_ms": statistics.median(step["idle_ms"] for step in steps)}
-    print(json.dumps(row), flush=True)
-    return row
-
-
-@torch.inference_mode()
-def replay_step(program: Program, decodes: int, step: MixedStep, spread: Spread) -> float:
-    """Milliseconds of a step's kernels as one graph."""
-
-    def again() -> None:
-        program.mixed(decodes, step, spread=spread)
-        program.choose_mixed(step, filtered=False)
-
-    again()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        again()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    taken = []
-    for _ in range(3):
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        taken.append(float(begin.elapsed_time(end)))
-    return statistics.median(taken)
+    return {"decode": rows, "profiled": profiled}
 
 
 def arrive_among_decodes(engine: Engine, arguments: argparse.Namespace, prompts: int) -> None:

@@ -1,9 +1,10 @@
 """Which way to compute the matrix products of a decode step: ``python bench/kernels/gemm.py [--model 8b]``.
 
-For each product of a model and each number of rows: cuBLAS, cuBLASLt, and both with operands swapped, in microseconds,
-beside the floor (weights read once at the rate that a matrix-vector product reaches here, or the multiplications at the
-rate of a large product, whichever is longer). The weights of all layers take turns, so that none is in the L2 cache.
-One JSON line a figure.
+For each product of a model and each number of rows: cuBLAS, cuBLASLt, and both with operands swapped, in microseconds;
+where :mod:`penstock.kernels.product` has a cut, our own kernel and its share of the floor, and for one that ends with
+SiLU·mul the library's product with that behind it; beside the floor (weights read once at the rate that a matrix-vector
+product reaches here, or the multiplications at the rate of a large product, whichever is longer). The weights of all
+layers take turns, so that none is in the L2 cache. One JSON line a figure.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+from penstock.kernels.activation import silu_mul
+from penstock.kernels.product import gated_product, gated_shape, split_product, split_shape
 
 SHAPES = {
     "0.6b": {"qkv": (4096, 1024), "o": (1024, 2048), "gate_up": (6144, 1024), "down": (1024, 3072)},
@@ -49,6 +53,18 @@ VARIANTS: dict[str, tuple[str, Product]] = {
 }
 
 
+def own(name: str, x: Tensor, weight: Tensor) -> dict[str, Product]:
+    """Our kernel for the product of that name, and what it takes the place of; nothing where there is no cut."""
+    if name == "gate_up" and (gated := gated_shape(x, weight)) is not None:
+        return {
+            "own": lambda x, weight: gated_product(x, weight, gated),
+            "cublas_silu": lambda x, weight: silu_mul(linear(x, weight)),
+        }
+    if name in ("o", "down") and (split := split_shape(x, weight)) is not None:
+        return {"own": lambda x, weight: split_product(x, weight, split)}
+    return {}
+
+
 def graph_us(work: Callable[[], object], steps: int) -> float:
     """Median microseconds of one of the ``steps`` products of ``work``, replayed from a CUDA graph."""
     work()
@@ -79,20 +95,21 @@ def ceilings() -> tuple[float, float]:
     return read, rate
 
 
-def measure(outputs: int, inputs: int, rows: int) -> dict[str, float]:
+def measure(name: str, outputs: int, inputs: int, rows: int) -> dict[str, float]:
     """Microseconds of each variant."""
     copies = max(2, ROTATED_BYTES // (2 * outputs * inputs))
     weights = [torch.randn(outputs, inputs, dtype=torch.bfloat16, device="cuda") * 0.02 for _ in range(copies)]
     x = torch.randn(rows, inputs, dtype=torch.bfloat16, device="cuda")
     found = {}
-    for name, (library, product) in VARIANTS.items():
+    ours = {way: ("default", product) for way, product in own(name, x, weights[0]).items()}
+    for way, (library, product) in (VARIANTS | ours).items():
         torch.backends.cuda.preferred_blas_library(library)
 
         def work(product: Product = product) -> None:
             for weight in weights:
                 product(x, weight)
 
-        found[name] = graph_us(work, copies)
+        found[way] = graph_us(work, copies)
     torch.backends.cuda.preferred_blas_library("default")
     return found
 
@@ -110,7 +127,9 @@ def main() -> None:
             for name, (outputs, inputs) in SHAPES[model].items():
                 for rows in arguments.rows:
                     floor = 1e6 * max(2 * outputs * inputs / read, 2 * outputs * inputs * rows / rate)
-                    times = {key: round(value, 2) for key, value in measure(outputs, inputs, rows).items()}
+                    times = {key: round(value, 2) for key, value in measure(name, outputs, inputs, rows).items()}
+                    if "own" in times:
+                        times["own_share"] = round(floor / times["own"], 3)
                     case = {"model": model, "product": name, "rows": rows, "floor_us": round(floor, 2)}
                     print(json.dumps(case | times))
 

@@ -5,7 +5,7 @@ things can be saved. The gate of a feed-forward block is applied where its produ
 written. And a product whose result is added to the residual stream may leave its sum in *parts*, one for each share of
 the inputs: more programs read the weight at a time, and the norm that adds the residual adds the parts as well.
 
-The tables say where that was measured to pay, on an H200 (``bench/kernels/product.py``); elsewhere the caller asks the
+The tables say where that was measured to pay, on an H200 (``bench/kernels/gemm.py``); elsewhere the caller asks the
 library.
 """
 

@@ -78,11 +78,6 @@ class DeviceRunner:
         self._number = 0
 
     @property
-    def program(self) -> Program:
-        """What it launches."""
-        return self._program
-
-    @property
     def uploaded_bytes(self) -> int:
         """Bytes that the last plan brought to the device."""
         return self._upload.bytes
