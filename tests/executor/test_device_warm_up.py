@@ -26,7 +26,6 @@ from penstock.executor.worker.slots import Capacity
 from penstock.kernels import dispatch, overlap
 from penstock.kernels.attention.decode_shapes import Spread
 
-STEP_TOKENS = 1024
 SMALL = {"hidden_size": 1024, "intermediate_size": 3072, "heads": 16, "kv_heads": 8, "architecture": "Qwen3ForCausalLM"}
 LARGE = {"hidden_size": 4096, "intermediate_size": 8192, "heads": 32, "kv_heads": 8}
 ODD = {"hidden_size": 2560, "intermediate_size": 6912, "heads": 20, "kv_heads": 4, "head_dim": 80}
@@ -76,7 +75,7 @@ def _product(
     return x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
 
 
-def program_of(slots: int, **shape: Any) -> Program:
+def program_of(slots: int, step_tokens: int, **shape: Any) -> Program:
     """Of two layers; its parameters are whatever the memory held."""
     fixed: dict[str, Any] = {
         "architecture": "LlamaForCausalLM", "vocab_size": 640, "layers": 2, "head_dim": 128, "max_positions": 4096,
@@ -89,7 +88,7 @@ def program_of(slots: int, **shape: Any) -> Program:
     model.absorb_norms()
     capacity = Capacity(slots, 4096, 64, 1, config.vocab_size)
     pages = allocate_pages(PageShape.of(config, 64, torch.bfloat16), 2, device)
-    return Program(model, pages, capacity, STEP_TOKENS, device)
+    return Program(model, pages, capacity, step_tokens, device)
 
 
 def capture(program: Program) -> None:
@@ -115,41 +114,45 @@ def mixed(program: Program, decodes: int, lengths: list[int], completing: int, s
         program.choose_mixed(step, filtered=filtered)
 
 
-def run_every_kind_of_step(program: Program) -> None:
+def run_every_kind_of_step(program: Program, step_tokens: int) -> None:
     """Steps of all numbers of rows, and of random ones."""
     slots, source = program.layout.slots, random.Random(3)
     program.apply(torch.zeros(6, dtype=torch.int32))
     for rows in range(1, slots + 1):
         for spread in Spread:
             program.decode(rows, spread=spread)
-    for rows in [*range(1, 161), 200, 255, 256, 300, 511, 512, 513, 700, STEP_TOKENS]:
-        mixed(program, 0, [rows], source.choice([0, 1]), Spread.EVEN, filtered=False)
+    for rows in [*range(1, 161), 200, 255, 256, 300, 511, 512, 513, 700, step_tokens]:
+        if rows <= step_tokens:
+            mixed(program, 0, [rows], source.choice([0, 1]), Spread.EVEN, filtered=False)
     for _ in range(600):
         decodes = min(source.choice([0, 1, 3, 9, 20, 36, 50, 100, 200]), slots - 1)
         chunks = source.randint(1, min(slots - decodes, 12))
-        longest = source.choice([3, 17, 40, (STEP_TOKENS - decodes) // chunks])
+        longest = source.choice([3, 17, 40, (step_tokens - decodes) // chunks])
         lengths = [source.randint(1, longest) for _ in range(chunks)]
         completing = source.randint(0, chunks)
         mixed(program, decodes, lengths, completing, source.choice(list(Spread)), source.random() < 0.5)
 
 
 @pytest.mark.parametrize(
-    ("shape", "slots"),
+    ("shape", "slots", "step_tokens", "longest"),
     [
-        pytest.param(SMALL, 256, id="small"),
-        pytest.param(SMALL, 37, id="small, few slots"),
-        pytest.param(LARGE, 256, id="large"),
-        pytest.param(LARGE, 4, id="large, few slots"),
-        pytest.param(ODD, 256, id="odd"),
-        pytest.param(FEW_HEADS, 64, id="few heads"),
+        pytest.param(SMALL, 256, 1024, 4096, id="small"),
+        pytest.param(SMALL, 37, 1024, 4096, id="small, few slots"),
+        pytest.param(LARGE, 256, 1024, 4096, id="large"),
+        pytest.param(LARGE, 100, 512, 4096, id="large, small steps"),
+        pytest.param(ODD, 256, 1024, 200, id="odd, short sequences"),
+        pytest.param(LARGE, 4, 1024, 4096, id="large, few slots"),
+        pytest.param(FEW_HEADS, 64, 1024, 4096, id="few heads"),
     ],
 )
 @torch.inference_mode()
-def test_nothing_is_compiled_after_the_start(launches: Launches, slots: int, shape: dict[str, Any]) -> None:
-    program = program_of(slots, **shape)
-    warm_up(program, STEP_TOKENS, 4096)
+def test_nothing_is_compiled_after_the_start(
+    launches: Launches, shape: dict[str, Any], slots: int, step_tokens: int, longest: int
+) -> None:
+    program = program_of(slots, step_tokens, **shape)
+    warm_up(program, step_tokens, longest)
     capture(program)
     compiled = set(launches.kinds)
     assert len(compiled) > 20
-    run_every_kind_of_step(program)
+    run_every_kind_of_step(program, step_tokens)
     assert sorted(launches.kinds - compiled) == []

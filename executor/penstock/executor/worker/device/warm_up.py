@@ -33,10 +33,10 @@ def warm_up(program: Program, max_step_tokens: int, longest: int) -> None:
     run_full_step(program, max_step_tokens, longest)
     live_nobody = program.layout.offset("live") + program.layout.slots
     program.apply(torch.tensor([live_nobody, NOT_LIVE], dtype=torch.int32, device=program.state.arena.device))
-    most, slots = min(max_step_tokens, longest), program.layout.slots
-    for rows, chosen in STEPS:
-        if rows <= most:
-            _run_step(program, 0, [rows], min(chosen, slots), filtered=(False,))
+    for most, some in STEPS:
+        rows = min(most, max_step_tokens)
+        chosen = min(some, rows, program.layout.slots)
+        _run_step(program, 0, _split(rows, longest), chosen, filtered=(False,))
     for rows, spread in _kinds_of_decodes(program):
         program.decode(rows, spread=spread)
         for filtered in (False, True):
@@ -45,10 +45,14 @@ def warm_up(program: Program, max_step_tokens: int, longest: int) -> None:
 
 def run_full_step(program: Program, max_step_tokens: int, longest: int) -> None:
     """A step of as many rows and samples as there can be."""
-    rows = min(max_step_tokens, longest)
-    starts = [*range(0, max_step_tokens, rows), max_step_tokens]
     slots = program.layout.slots
-    _run_step(program, slots, [end - start for start, end in pairwise(starts)], slots, filtered=(False, True))
+    _run_step(program, slots, _split(max_step_tokens, longest), slots, filtered=(False, True))
+
+
+def _split(rows: int, longest: int) -> list[int]:
+    """Chunks of at most ``longest`` rows."""
+    starts = [*range(0, rows, longest), rows]
+    return [end - start for start, end in pairwise(starts)]
 
 
 def _kinds_of_decodes(program: Program) -> Iterator[tuple[int, Spread]]:
