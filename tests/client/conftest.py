@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -48,7 +49,8 @@ class FakeService:
     ) -> v1.GenerateResponse:
         self.note(request, context)
         if request.text == "slow":
-            await self.until_left()
+            with self.told_if_left():
+                await asyncio.sleep(30)
         choice = v1.Choice(text="Hi!", token_ids=[5, 6], finish_reason=v1.FinishReason.STOP_SEQUENCE, stop=".")
         return v1.GenerateResponse(choices=[choice], summary=SUMMARY)
 
@@ -57,9 +59,10 @@ class FakeService:
     ) -> AsyncIterator[v1.StreamResponse]:
         assert request.request is not None
         self.note(request.request, context)
-        yield v1.StreamResponse(text="H", token_ids=[5])
-        if request.request.text == "slow":
-            await self.until_left()
+        with self.told_if_left():
+            yield v1.StreamResponse(text="H", token_ids=[5])
+            if request.request.text == "slow":
+                await asyncio.sleep(30)
         if request.request.text == "lost":
             raise errors.unavailable(v1.ErrorReason.SCHEDULER_LOST, "the scheduler was lost")
         yield v1.StreamResponse()
@@ -67,11 +70,14 @@ class FakeService:
         yield v1.StreamResponse(finish_reason=v1.FinishReason.STOP_SEQUENCE, stop=".")
         yield v1.StreamResponse(summary=SUMMARY)
 
-    async def until_left(self) -> None:
+    @contextmanager
+    def told_if_left(self) -> Iterator[None]:
+        """Whoever leaves may do so while the first chunk is being written, too: then the generator is closed there."""
         try:
-            await asyncio.sleep(30)
-        finally:
+            yield
+        except (asyncio.CancelledError, GeneratorExit):
             self.left_early.set()
+            raise
 
     async def list_models(self, request: v1.ListModelsRequest, context: object) -> v1.ListModelsResponse:
         replicas = [v1.Replica(name="a", ready=False), v1.Replica(name="b", ready=True)]
