@@ -188,7 +188,7 @@ async def test_the_deadline_of_a_call_wins_over_the_clients(address: str, servic
 def test_a_deadline_passes(address: str, service: Any) -> None:
     started = time.monotonic()
     with Client(address) as client, pytest.raises(RpcError) as caught:
-        list(client.stream("slow", timeout_s=0.3))
+        list(client.stream("slow", timeout_s=1))
     assert caught.value.reason is v1.ErrorReason.DEADLINE
     assert time.monotonic() - started < 5
     assert service.left_early.wait(5)
@@ -228,7 +228,7 @@ async def test_leaving_an_async_stream_ends_it_at_the_service(address: str, serv
 async def test_cancelling_the_task_cancels_a_unary_call(address: str, service: Any) -> None:
     async with AsyncClient(address) as client:
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.3):
+            async with asyncio.timeout(1):
                 await client.generate("slow")
         assert await asyncio.to_thread(service.left_early.wait, 5)
 
