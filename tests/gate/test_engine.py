@@ -154,6 +154,24 @@ async def test_an_engine_that_does_not_listen_is_killed(monkeypatch: pytest.Monk
         os.kill(pid, 0)
 
 
+async def test_what_comes_behind_a_bad_record_is_not_looked_at() -> None:
+    seen: list[events.Event] = []
+
+    def take(record: events.Event) -> None:
+        seen.append(record)
+        time.sleep(0.5)  # more of them come meanwhile
+        raise ValueError("unheard of")
+
+    engine = EngineProcess(EngineSpec(executor="fake", model=ModelSpec(path=".")), take, engine_command)
+    engine.start()
+    try:
+        async with asyncio.timeout(10):
+            assert "could not be handled" in await engine.ended()
+    finally:
+        await engine.stop()
+    assert len(seen) == 1
+
+
 async def test_an_idle_engine_stays_healthy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penstock.scheduler.gate.liveness.STALL_SECONDS", 0.6)
     async with running_gate(tmp_path) as gate, Service(gate.address) as service:

@@ -63,7 +63,7 @@ async def status(address: str) -> GetStatusResponse:
 
 async def status_at_rest(address: str) -> GetStatusResponse:
     """The same, once nothing waits or runs: what it counts is up to 0.1 s old."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             seen = await status(address)
             if seen.load is not None and (seen.load.waiting, seen.load.running, seen.attempts) == (0, 0, 0):

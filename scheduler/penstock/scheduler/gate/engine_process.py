@@ -57,6 +57,7 @@ class EngineProcess:
         self._pidfd = -1
         self._ended: asyncio.Future[str] | None = None
         self._last_words = ""
+        self._given_up = False
         self._closed = False
 
     @property
@@ -132,7 +133,12 @@ class EngineProcess:
         asyncio.get_running_loop().call_soon(self._take_records)
 
     def _hand_on(self, data: bytes) -> None:
-        """Nothing of the engine may be lost unnoticed: if a record cannot be handled, the engine is given up."""
+        """Nothing of the engine may be lost unnoticed: if a record cannot be handled, the engine is given up.
+
+        What comes behind such a record is not looked at: a stream must not go on with a gap in it.
+        """
+        if self._given_up:
+            return
         try:
             record = events.decode(data)
             if isinstance(record, events.Failed):
@@ -144,6 +150,7 @@ class EngineProcess:
             self._give_up(f"a record of the engine (pid {self.pid}) could not be handled")
 
     def _give_up(self, why: str) -> None:
+        self._given_up = True
         self._last_words = self._last_words or why
         if self._process is not None:
             self._process.kill()
