@@ -34,8 +34,10 @@ COLD_BYTES: Final = 100 * 2**20
 LAUNCHES: Final = 8
 """Of a repeat, at least, unless fewer make up the span: a single short one would be as short as its uncertainty."""
 SPAN_S: Final = 4e-4
-SPEED: Final = (4e12, 7e14)
-"""Bytes and multiplications and additions a second, about: what tells how long a product will take."""
+"""Seconds of a repeat beside which what is uncertain about it is small."""
+BYTES_A_SECOND: Final = 4e12
+OPERATIONS_A_SECOND: Final = 7e14
+"""About what an H200 reaches: they tell roughly how long a product will take."""
 QUEUE_CYCLES: Final = 200_000
 """For about so many cycles of its clock the device is held up, so that launches are queued when it begins."""
 
@@ -154,7 +156,7 @@ def launches(rows: int, weight: Tensor) -> int:
     """With how many weights like that, one behind the other, a product of so many ``rows`` is measured."""
     outputs, inputs = weight.shape
     moved = weight.nbytes + rows * (outputs + inputs) * weight.itemsize
-    seconds = max(moved / SPEED[0], 2 * rows * outputs * inputs / SPEED[1])
+    seconds = max(moved / BYTES_A_SECOND, 2 * rows * outputs * inputs / OPERATIONS_A_SECOND)
     return max(1 + COLD_BYTES // moved, min(LAUNCHES, math.ceil(SPAN_S / seconds)))
 
 
