@@ -1,13 +1,18 @@
 """What a traced attempt leaves in a real OTLP receiver."""
 
 import asyncio
+import itertools
 import os
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 from gate.fake_engine import FAIL, STEADY
 from gate.link import Service, running_gate, submit
 from penstock.local.traces.receiver import TraceReceiver
 from penstock.local.traces.spans import Span
+from penstock.scheduler.gate import spans as spans_of_gate
 from penstock.telemetry import tracing
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -74,3 +79,13 @@ async def test_a_failure_is_an_error(tmp_path: Path) -> None:
         await asyncio.to_thread(telemetry.shutdown)
     (request,) = (span for span in spans if span.name == "scheduler.request")
     assert request.status == "error"
+
+
+def test_one_moment_has_one_unix_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever records it is told in: the two clocks are never read at quite the same time."""
+    unix = itertools.chain([10**18, 10**18 + 900], itertools.repeat(10**18 + 60 * 10**9))
+    monkeypatch.setattr(spans_of_gate, "time", SimpleNamespace(time_ns=lambda: next(unix), monotonic_ns=lambda: 10**9))
+    spans = spans_of_gate.Spans(tracing.configure("gate", endpoint=None), {})
+    first, second, behind_the_clocks_change = (spans._unix_offset() for _ in range(3))
+    assert first == second == 10**18 - 10**9
+    assert behind_the_clocks_change == first + 60 * 10**9

@@ -20,6 +20,8 @@ from penstock.v1 import SampleFailed
 
 LINKED_STEPS: Final = 32
 """A decode links to the latest so many sampled steps."""
+CLOCK_STEP_NS: Final = 1_000_000
+"""Two clocks that are read one after the other differ by less, unless one of them was set."""
 
 _NAMES: Final = {events.Span.QUEUED: "queue", events.Span.PREFILL: "prefill", events.Span.DECODE: "decode"}
 _MOMENTS: Final = {events.Span.FIRST_TOKEN: "first_token", events.Span.PREEMPTED: "preempted"}
@@ -59,6 +61,7 @@ class Spans:
         self._tracer = tracing.tracer("penstock.scheduler.gate")
         self._samples = samples
         self._engine: SpanEmitter = tracing.for_resource("penstock-engine", 0)
+        self._offset = 0
 
     def engine_started(self, pid: int) -> None:
         """The engine's spans belong to that process."""
@@ -86,13 +89,20 @@ class Spans:
         """Export what a record tells; it comes before the ends of the same record are handled."""
         if not self._engine.enabled:
             return
-        offset = time.time_ns() - time.monotonic_ns()
+        offset = self._unix_offset()
         steps = self._place_steps(step.steps)
         for event in _moments_first(step.spans):
             self._take_event(event, steps, offset)
         for told in step.steps:
             if told.step in steps:
                 self._emit_step(told, steps[told.step], offset)
+
+    def _unix_offset(self) -> int:
+        """Unix time minus CLOCK_MONOTONIC; the same for all records, so that what is one moment stays one."""
+        now = time.time_ns() - time.monotonic_ns()
+        if abs(now - self._offset) > CLOCK_STEP_NS:
+            self._offset = now
+        return self._offset
 
     def _trace_of(self, handle: int) -> AttemptTrace | None:
         sample = self._samples.get(handle)
