@@ -35,8 +35,8 @@ from penstock.scheduler.records.commands import Submit, SubmitSample
 from record import save
 
 WAIT_SECONDS = 60.0
-REPLAYED = 16
-"""Steps of a bare replay. Two of them must end within the last page of each sequence: nobody gives it another one."""
+REPLAYED = 24
+"""Steps of a bare replay. They must end within the last page of each sequence: nobody gives it another one."""
 
 
 class Engine:
@@ -162,20 +162,34 @@ def steps(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"steps": table, "startup_ms": engine.info.startup_ms, "memory_bytes": engine.info.memory_bytes}
 
 
+def growth(times: Sequence[tuple[int, int]]) -> float:
+    """Nanoseconds by which each step is longer than the one before it, as contexts grow."""
+    return statistics.linear_regression(range(len(times)), [device for _, device in times]).slope
+
+
 def idle(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Idle share of steady decodes, and what steps idle while prompts arrive."""
+    """Idle share of steady decodes, and what steps idle while prompts arrive.
+
+    The replay goes on where the steps ended, so it is compared with the wall time that steps would take there: their
+    mean and how they grow.
+    """
     spec = spec_of(arguments)
     engine = Engine(spec)
     rows = []
     for batch in arguments.batches:
         context = arguments.context + (4 - (arguments.context + arguments.steps // 2 + 10)) % spec.block_tokens
         times = decode_batch(engine, batch, context, arguments.steps, arguments.temperature)
-        wall = statistics.fmean(wall for wall, _ in times)
-        # The replays go on where the steps ended: contexts grow, and two of them tell by how much that slows a step.
-        first, second = (engine.runner.replay(batch, REPLAYED) for _ in range(2))
-        bare = first - (second - first) * (REPLAYED + arguments.steps) / (2 * REPLAYED)
+        bare = engine.runner.replay(batch, REPLAYED)
         finish(engine)
-        row = {"batch": batch, "wall_ms": wall / 1e6, "bare_ms": bare / 1e6, "idle_share": 1 - bare / wall}
+        expected = statistics.fmean(wall for wall, _ in times) + growth(times) * (len(times) + REPLAYED) / 2
+        row = {
+            "batch": batch,
+            "wall_ms": expected / 1e6,
+            "bare_ms": statistics.median(bare) / 1e6,
+            "idle_share": 1 - statistics.median(bare) / expected,
+            "walls_ms": [wall / 1e6 for wall, _ in times],
+            "bares_ms": [step / 1e6 for step in bare],
+        }
         print(json.dumps(row), flush=True)
         rows.append(row)
     profiled = profile_mixed(engine, arguments)

@@ -11,6 +11,7 @@ import queue
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -218,18 +219,18 @@ class DeviceRunner:
         return self._program.logits[:rows]
 
     @torch.inference_mode()
-    def replay(self, rows: int, steps: int) -> int:
-        """Nanoseconds a step of the decode batch takes when nothing is between the steps; its tokens are not told.
+    def replay(self, rows: int, steps: int) -> list[int]:
+        """Nanoseconds of each of ``steps`` steps of the decode batch with nothing between them; no token is told.
 
         For measurements: the slots of the batch are further than anybody knows afterwards.
         """
-        begin = self._timeline.mark()
+        marks = [self._timeline.mark()]
         for _ in range(steps):
             self._graphs.decode(rows, spread=Spread.EVEN)
             self._graphs.choose(rows, filtered=False)
-        end = self._timeline.mark()
-        end.wait()
-        return end.since(begin) // steps
+            marks.append(self._timeline.mark())
+        marks[-1].wait()
+        return [end.since(begin) for begin, end in pairwise(marks)]
 
 
 def _chunk_sections(step: Step, decodes: int) -> list[Words]:
