@@ -35,6 +35,8 @@ from penstock.scheduler.records.commands import Submit, SubmitSample
 from record import save
 
 WAIT_SECONDS = 60.0
+SETTLING = 8
+"""Steps of a batch before they are compared with replays."""
 REPLAYED = 24
 """Steps of a bare replay. They must end within the last page of each sequence: nobody gives it another one."""
 
@@ -162,39 +164,40 @@ def steps(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"steps": table, "startup_ms": engine.info.startup_ms, "memory_bytes": engine.info.memory_bytes}
 
 
-def growth(times: Sequence[tuple[int, int]]) -> float:
-    """Nanoseconds by which each step is longer than the one before it, as contexts grow."""
-    return statistics.linear_regression(range(len(times)), [device for _, device in times]).slope
-
-
 def idle(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Idle share of steady decodes, and what steps idle while prompts arrive.
-
-    The replay goes on where the steps ended, so it is compared with the wall time that steps would take there: their
-    mean and how they grow.
-    """
-    spec = spec_of(arguments)
-    engine = Engine(spec)
+    """Idle share of steady decodes, and what steps idle while prompts arrive."""
+    engine = Engine(spec_of(arguments))
     rows = []
     for batch in arguments.batches:
-        context = arguments.context + (4 - (arguments.context + arguments.steps // 2 + 10)) % spec.block_tokens
-        times = decode_batch(engine, batch, context, arguments.steps, arguments.temperature)
-        bare = engine.runner.replay(batch, REPLAYED)
-        finish(engine)
-        expected = statistics.fmean(wall for wall, _ in times) + growth(times) * (len(times) + REPLAYED) / 2
-        row = {
-            "batch": batch,
-            "wall_ms": expected / 1e6,
-            "bare_ms": statistics.median(bare) / 1e6,
-            "idle_share": 1 - statistics.median(bare) / expected,
-            "walls_ms": [wall / 1e6 for wall, _ in times],
-            "bares_ms": [step / 1e6 for step in bare],
-        }
+        row = {"batch": batch, **compare_with_replay(engine, batch, arguments)}
         print(json.dumps(row), flush=True)
         rows.append(row)
     profiled = profile_mixed(engine, arguments)
     engine.executor.shutdown()
     return {"decode": rows, "profiled": profiled}
+
+
+def compare_with_replay(engine: Engine, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Steps replayed bare, and the wall time of the same steps as the engine plans them.
+
+    The same: from one state of the batch, at the same lengths, by the same draws. How long attention takes depends on
+    the lengths by more than what is to be measured here.
+    """
+    context = arguments.context + (4 - (arguments.context + SETTLING // 2 + 10)) % engine.info.block_tokens
+    decode_batch(engine, batch, context, SETTLING, arguments.temperature)
+    bare = engine.runner.replay(batch, REPLAYED)[1:]
+    engine.results.clear()
+    engine.run(lambda: len(engine.results) >= REPLAYED)
+    engine.settle()
+    walls = [after[0] - before[0] for before, after in pairwise(engine.results[:REPLAYED])]
+    finish(engine)
+    return {
+        "wall_ms": statistics.fmean(walls) / 1e6,
+        "bare_ms": statistics.fmean(bare) / 1e6,
+        "idle_share": 1 - sum(bare) / sum(walls),
+        "walls_ms": [wall / 1e6 for wall in walls],
+        "bares_ms": [step / 1e6 for step in bare],
+    }
 
 
 def arrive_among_decodes(engine: Engine, arguments: argparse.Namespace, prompts: int) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from penstock.executor.step import Fragment, Sampling, StepResult, Stopping, pack_u32
+from penstock.executor.worker.device.runner import DeviceRunner
 from support.by_hand import ByHand, Kind, admission, spec, start_of, started
 from support.hand_scheduler import Request
 from support.reference import greedy_tokens
@@ -171,6 +172,23 @@ def test_the_rows_of_a_plan_decide_who_takes_part(folder: Path, kind: Kind) -> N
         both = plan(rows=pack_u32([0, 1]))
     assert alone.ids == pack_u32([expected[2]])
     assert both.ids == pack_u32([expected[3], expected[1]])
+
+
+def test_a_bare_replay_leaves_the_batch_where_it_was(folder: Path, kind: Kind) -> None:
+    if kind == {"device": "cpu", "resident": False}:
+        pytest.skip("only a batch that lives on the device is replayed")
+
+    def tokens(replayed: int) -> bytes:
+        with started(spec(folder, **kind)) as (executor, _):
+            plan = ByHand(executor)
+            sampled = admission(0, NEIGHBOUR.prompt, sampling=Sampling(temperature=1.0), seed=7)
+            before = plan(admissions=(sampled,), **start_of(0, 4, [5, 6, 7])), plan()
+            runner = executor.runner
+            assert isinstance(runner, DeviceRunner)
+            assert len(runner.replay(1, replayed)) == replayed
+            return b"".join(result.ids for result in (*before, *(plan() for _ in range(6))))
+
+    assert tokens(replayed=5) == tokens(replayed=0)
 
 
 def test_long_prompts_come_in_fragments(folder: Path, kind: Kind) -> None:

@@ -220,15 +220,18 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def replay(self, rows: int, steps: int) -> list[int]:
-        """Nanoseconds of each of ``steps`` steps of the decode batch with nothing between them; no token is told.
+        """Nanoseconds of each of ``steps`` steps of the decode batch with nothing between them.
 
-        For measurements: the slots of the batch are further than anybody knows afterwards.
+        For measurements: nobody is told a token, and afterwards the batch is where it was, so that plans may compute
+        the same steps. The pages of its sequences must have room for these steps. Nothing may be in flight.
         """
+        before = self._program.state.arena.clone()
         marks = [self._timeline.mark()]
         for _ in range(steps):
             self._graphs.decode(rows, spread=Spread.EVEN)
             self._graphs.choose(rows, filtered=False)
             marks.append(self._timeline.mark())
+        self._program.state.arena.copy_(before)
         marks[-1].wait()
         return [end.since(begin) for begin, end in pairwise(marks)]
 
