@@ -185,6 +185,7 @@ def compare_with_replay(engine: Engine, batch: int, arguments: argparse.Namespac
     """
     context = arguments.context + (4 - (arguments.context + SETTLING // 2 + 10)) % engine.info.block_tokens
     decode_batch(engine, batch, context, SETTLING, arguments.temperature)
+    engine.runner.replay(batch, REPLAYED)  # so that clocks and power are those of a GPU at work
     bare = engine.runner.replay(batch, REPLAYED)[1:]
     engine.results.clear()
     engine.run(lambda: len(engine.results) >= REPLAYED)
