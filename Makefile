@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 RELEASED := proto/released.binpb
+# The kernels on a CPU: nothing but arithmetic, so it may take two cores.
+INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DELETE_ON_ERROR:
 .PHONY: help venv demo test test-long test-gpu lint lint-code lint-proto proto bench clean
@@ -45,11 +47,11 @@ demo: $(VENV)/.runs
 
 test: $(VENV)/.develops
 	@$(BIN)/python -m pytest -m "not gpu and not long"
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu and not long" tests/kernels
+	@$(INTERPRETED) -m "not gpu and not long" tests/kernels
 
 test-long: $(VENV)/.develops
 	@$(BIN)/python -m pytest -m "not gpu"
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" tests/kernels
+	@$(INTERPRETED) -m "not gpu" tests/kernels
 
 # On a machine with an NVIDIA GPU; PENSTOCK_SOAK_SECONDS=240 makes the soak as long as a release is held to.
 test-gpu: $(VENV)/.develops
