@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import random
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +28,10 @@ from penstock.kernels.attention.decode import paged_decode_attention_reference
 from penstock.kernels.attention.decode_kernel import paged_decode_attention_triton
 from penstock.kernels.attention.decode_shapes import CUTS, DecodeShape, Spread, decode_shape
 from penstock.kernels.attention.prefill import paged_prefill_attention, paged_prefill_attention_reference
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gpu_timing import Report, copy_rate, graph_s, product_rate
 
 HEADS = {"qwen3-0.6b": 16, "llama-8b": 32}
 """Query heads; both have eight key/value heads of 128."""
@@ -50,40 +52,8 @@ WIDTH = 160
 """Of block tables."""
 BOUND = 0.02
 """Of the relative error of what is measured."""
-REPEATS, REPLAYS = 5, 2
 FAILURES = (RuntimeError, TritonError)
 """What a configuration that does not work may raise, CUDA's errors among them."""
-
-Report = Callable[..., None]
-
-
-def graph_s(work: Callable[[], object]) -> float:
-    """Median seconds of ``work`` replayed from a CUDA graph."""
-    work()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    samples: list[float] = []
-    for _ in range(REPEATS):
-        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        graph.replay()
-        begin.record()
-        for _ in range(REPLAYS):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(begin.elapsed_time(end) / 1000 / REPLAYS)
-    return statistics.median(samples)
-
-
-def ceilings() -> tuple[float, float]:
-    """Bytes a second that a copy of 2 GiB reads and writes, FLOP a second of a large product."""
-    source = torch.randn(2**30, dtype=torch.bfloat16, device="cuda")
-    target = torch.empty_like(source)
-    moved = 2 * source.nbytes / graph_s(lambda: torch.add(source, 0, out=target))
-    square = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
-    return moved, 2 * 8192**3 / graph_s(lambda: torch.mm(square, square))
 
 
 class Pages:
@@ -289,19 +259,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     begun = time.monotonic()
-
-    def report(**figures: object) -> None:
-        line = json.dumps(figures)
-        print(line, flush=True)
-        if arguments.out is not None:
-            with arguments.out.open("a") as file:
-                file.write(line + "\n")
-
-    copied, product = ceilings()
-    report(
-        benchmark="attention", device=torch.cuda.get_device_name(), torch=torch.__version__,
-        copy_tb_s=round(copied / 1e12, 3), product_tflop_s=round(product / 1e12),
-    )  # fmt: skip
+    copied, product = copy_rate(), product_rate()
+    report = Report("attention", arguments.out, copy_bytes_s=copied, product_flop_s=product)
     pages = Pages(max(ROWS) * max(LENGTHS))
     if arguments.what in ("decode", "all"):
         decode(pages, copied, report)

@@ -1,7 +1,7 @@
 """What the small kernels between the products cost: ``python bench/kernels/fused.py [--sweep] [--out FILE]``.
 
 Microseconds of one call, in a CUDA graph of calls whose operands take turns; the bytes that it reads and writes a
-second; and their share of what a copy of 1 GiB reaches. Operands of up to a hundred rows stay in the L2 cache, as they
+second; and their share of what a copy of 2 GiB reaches. Operands of up to a hundred rows stay in the L2 cache, as they
 do behind the product that made them. A call on few rows is bound by the time that a kernel takes to begin and end:
 ``empty_us`` is that of one which changes a single word.
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -31,12 +30,15 @@ from penstock.kernels.batch.update import apply_words
 from penstock.kernels.norm import add_rms_norm
 from penstock.kernels.rope import rotate_and_store
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gpu_timing import Report, copy_rate, graph_us
+
 ROWS = (1, 8, 64, 128, 256, 8192)
 BLOCK_TOKENS = 64
 ROTATED_BYTES = 256 * 2**20
 """Operands that take turns: several times the L2 cache."""
 MOST_TURNS = 64
-REPEATS, REPLAYS = 5, 2
 DTYPE = torch.bfloat16
 
 
@@ -154,42 +156,24 @@ def batch_work(rows: int) -> Iterator[Work]:
     yield Work("apply_words", 12 * rows, [lambda: apply_words(scratch, words)] * MOST_TURNS)
 
 
-def graph_us(turns: list[Callable[[], object]]) -> list[float]:
-    """Microseconds of one of ``turns``, replayed from a CUDA graph, REPEATS times."""
-    turns[0]()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+def turns_us(turns: list[Callable[[], object]]) -> list[float]:
+    """Microseconds of one of ``turns``."""
+
+    def work() -> None:
         for turn in turns:
             turn()
-    samples = []
-    graph.replay()
-    for _ in range(REPEATS):
-        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        begin.record()
-        for _ in range(REPLAYS):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(1000 * begin.elapsed_time(end) / REPLAYS / len(turns))
-    return samples
 
-
-def copy_rate() -> float:
-    """Bytes a second, read and written, of a copy of 1 GiB."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / (1e-6 * statistics.median(graph_us([lambda: torch.add(source, 0, out=target)])))
+    return graph_us(work, len(turns))
 
 
 def empty_us() -> float:
     """Microseconds of a kernel that changes one word, one after another in a graph."""
     arena, words = torch.zeros(4, dtype=torch.int32, device="cuda"), torch.zeros(1, 2, dtype=torch.int32, device="cuda")
-    return statistics.median(graph_us([lambda: apply_words(arena, words)] * MOST_TURNS))
+    return statistics.median(turns_us([lambda: apply_words(arena, words)] * MOST_TURNS))
 
 
 def figures(work: Work, rate: float) -> dict[str, object]:
-    samples = graph_us(work.turns)
+    samples = turns_us(work.turns)
     us = statistics.median(samples)
     moved = work.bytes_moved / (1e-6 * us)
     return {
@@ -217,20 +201,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the lines to this file, too")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-
-    def report(**fields: object) -> None:
-        line = json.dumps(fields)
-        print(line, flush=True)
-        if arguments.out is not None:
-            with arguments.out.open("a") as file:
-                file.write(line + "\n")
-
     rate = copy_rate()
-    device = torch.cuda.get_device_name()
-    report(
-        benchmark="fused", device=device, torch=torch.__version__,
-        copy_tb_s=round(rate / 1e12, 3), empty_us=round(empty_us(), 2),
-    )  # fmt: skip
+    report = Report("fused", arguments.out, copy_bytes_s=rate)
+    report(kernel="one that changes a word", us=round(empty_us(), 2))
     for (model, sizes), rows in itertools.product(MODELS.items(), ROWS):
         for make in (norm_work, silu_work, rope_work):
             work = make(sizes, rows)

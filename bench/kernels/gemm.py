@@ -10,9 +10,9 @@ layers take turns, so that none is in the L2 cache. One JSON line a figure.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ from torch.nn.functional import linear
 
 from penstock.kernels.activation import silu_mul
 from penstock.kernels.product import gated_product, gated_shape, split_product, split_shape
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gpu_timing import Report, graph_s, product_rate, read_rate
 
 SHAPES = {
     "0.6b": {"qkv": (4096, 1024), "o": (1024, 2048), "gate_up": (6144, 1024), "down": (1024, 3072)},
@@ -29,7 +33,6 @@ SHAPES = {
 ROWS = (1, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 ROTATED_BYTES = 256 * 2**20
 """Weights that take turns: several times the L2 cache."""
-REPEATS = 7
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -65,36 +68,6 @@ def own(name: str, x: Tensor, weight: Tensor) -> dict[str, Product]:
     return {}
 
 
-def graph_us(work: Callable[[], object], steps: int) -> float:
-    """Median microseconds of one of the ``steps`` products of ``work``, replayed from a CUDA graph."""
-    work()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    times: list[float] = []
-    for _ in range(REPEATS):
-        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        graph.replay()
-        begin.record()
-        for _ in range(3):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1000 * begin.elapsed_time(end) / 3 / steps)
-    return statistics.median(times)
-
-
-def ceilings() -> tuple[float, float]:
-    """Bytes a second of a matrix-vector product, FLOP a second of a large product."""
-    weight = torch.randn(65536, 8192, dtype=torch.bfloat16, device="cuda")
-    vector = torch.randn(8192, dtype=torch.bfloat16, device="cuda")
-    read = weight.numel() * 2 / (1e-6 * graph_us(lambda: torch.mv(weight, vector), 1))
-    square = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
-    rate = 2 * 8192**3 / (1e-6 * graph_us(lambda: torch.mm(square, square), 1))
-    return read, rate
-
-
 def measure(name: str, outputs: int, inputs: int, rows: int) -> dict[str, float]:
     """Microseconds of each variant."""
     copies = max(2, ROTATED_BYTES // (2 * outputs * inputs))
@@ -109,7 +82,7 @@ def measure(name: str, outputs: int, inputs: int, rows: int) -> dict[str, float]
             for weight in weights:
                 product(x, weight)
 
-        found[way] = graph_us(work, copies)
+        found[way] = 1e6 * graph_s(work, copies)
     torch.backends.cuda.preferred_blas_library("default")
     return found
 
@@ -119,9 +92,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=SHAPES, action="append")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--out", type=Path, help="append the lines to this file, too")
     arguments = parser.parse_args()
-    read, rate = ceilings()
-    print(json.dumps({"ceilings": {"bytes_s": read, "flop_s": rate}, "device": torch.cuda.get_device_name()}))
+    read, rate = read_rate(), product_rate()
+    report = Report("gemm", arguments.out, read_bytes_s=read, product_flop_s=rate)
     with torch.inference_mode():
         for model in arguments.model or SHAPES:
             for name, (outputs, inputs) in SHAPES[model].items():
@@ -130,8 +104,7 @@ def main() -> None:
                     times = {key: round(value, 2) for key, value in measure(name, outputs, inputs, rows).items()}
                     if "own" in times:
                         times["own_share"] = round(floor / times["own"], 3)
-                    case = {"model": model, "product": name, "rows": rows, "floor_us": round(floor, 2)}
-                    print(json.dumps(case | times))
+                    report(model=model, product=name, rows=rows, floor_us=round(floor, 2), **times)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ than the filters set apart, and they search the whole row. One JSON line a figur
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,6 +20,10 @@ from torch import Tensor
 
 from penstock.kernels.batch.state import LIVE, ArenaLayout, BatchState
 from penstock.kernels.sampling.tail import TailOutput, sample_step
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gpu_timing import Report, graph_us, read_rate
 
 ROWS = (1, 8, 64, 128, 256, 512)
 VOCABULARIES = (128_256, 151_936)
@@ -34,34 +36,6 @@ MODES = {
     "min_p": (0.8, 0, 1.0, 0.05),
 }
 """Temperature, top-k, top-p, min-p."""
-REPEATS, REPLAYS = 7, 5
-
-
-def graph_us(work: Callable[[], object]) -> list[float]:
-    """Microseconds of ``work`` replayed from a CUDA graph, REPEATS times."""
-    work()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    samples = []
-    for _ in range(REPEATS):
-        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        graph.replay()
-        begin.record()
-        for _ in range(REPLAYS):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(1000 * begin.elapsed_time(end) / REPLAYS)
-    return samples
-
-
-def read_rate() -> float:
-    """Bytes a second at which a matrix-vector product reads a matrix of 1 GiB."""
-    matrix = torch.randn(65536, 8192, dtype=torch.bfloat16, device="cuda")
-    vector = torch.randn(8192, dtype=torch.bfloat16, device="cuda")
-    return matrix.numel() * 2 / (1e-6 * statistics.median(graph_us(lambda: torch.mv(matrix, vector))))
 
 
 def flat_logits(rows: int, vocab: int) -> Tensor:
@@ -107,17 +81,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the lines to this file, too")
     out = parser.parse_args().out
     torch.manual_seed(0)
-
-    def report(**figures: object) -> None:
-        line = json.dumps(figures)
-        print(line, flush=True)
-        if out is not None:
-            with out.open("a") as file:
-                file.write(line + "\n")
-
     rate = read_rate()
-    device = torch.cuda.get_device_name()
-    report(benchmark="sampling", device=device, torch=torch.__version__, read_tb_s=round(rate / 1e12, 3))
+    report = Report("sampling", out, read_bytes_s=rate)
     for vocab in VOCABULARIES:
         for rows in ROWS:
             for shape, make in (("peaked", peaked_logits), ("flat", flat_logits)):
