@@ -1,9 +1,9 @@
 """What a decode step costs on a GPU, and how much of it the GPU idles.
 
 ``python bench/device.py steps MODEL``: the device time of a decode step by batch, at one context.
-``python bench/device.py idle MODEL``: the share of a steady decode step in which the GPU waits: one minus the time of a
-bare replay of the same graphs over the wall time of a step, both from CUDA events of one process; and what it
-waits in a step that also computes known ids, by a profile.
+``python bench/device.py idle MODEL``: the share of a steady decode step in which the GPU waits: one minus the time of
+bare replays of some steps, by CUDA events, over the wall time of the same steps as the engine plans them, by when their
+results arrive; and what it waits in a step that also computes known ids, by a profile.
 ``python bench/device.py throughput MODEL``: many requests of mixed lengths, without text.
 
 MODEL is a folder with a config.json; weights are drawn. The engine's core and the worker run in this process.
@@ -27,7 +27,6 @@ import torch
 from penstock.executor.step import ModelInfo, ModelSpec, Sampling, StepResult, pack_u32
 from penstock.executor.uniproc import UniprocExecutor
 from penstock.executor.worker.device.runner import DeviceRunner
-from penstock.executor.worker.worker import Worker
 from penstock.local.offline.llm import longest_first
 from penstock.scheduler.core.planner import Core
 from penstock.scheduler.core.policies.fcfs import FirstComeFirstServed
@@ -46,7 +45,6 @@ class Engine:
 
     def __init__(self, spec: ModelSpec) -> None:
         self.executor = UniprocExecutor()
-        self.worker: Worker | None = None
         self.info: ModelInfo = self.executor.start(spec, lambda stage, done, total: None)
         self.core = Core(self.info, FirstComeFirstServed(), traced_step_every=1 << 30)
         self.handle = 0

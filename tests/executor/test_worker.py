@@ -174,12 +174,9 @@ def test_the_rows_of_a_plan_decide_who_takes_part(folder: Path, kind: Kind) -> N
     assert both.ids == pack_u32([expected[3], expected[1]])
 
 
-def test_a_bare_replay_leaves_the_batch_where_it_was(folder: Path, kind: Kind) -> None:
-    if kind == {"device": "cpu", "resident": False}:
-        pytest.skip("only a batch that lives on the device is replayed")
-
+def test_a_bare_replay_leaves_the_batch_where_it_was(folder: Path, device_kind: Kind) -> None:
     def tokens(replayed: int) -> bytes:
-        with started(spec(folder, **kind)) as (executor, _):
+        with started(spec(folder, **device_kind)) as (executor, _):
             plan = ByHand(executor)
             sampled = admission(0, NEIGHBOUR.prompt, sampling=Sampling(temperature=1.0), seed=7)
             before = plan(admissions=(sampled,), **start_of(0, 4, [5, 6, 7])), plan()

@@ -32,7 +32,7 @@ HOPELESS: Final = 1.1
 COLD_BYTES: Final = 100 * 2**20
 """A product before whose next turn so much else is read and written is not found in a cache: twice that of an H200."""
 LAUNCHES: Final = 8
-"""Of a repeat, at least, unless fewer make up the span: a single short one would be as short as its uncertainty."""
+"""Of a repeat, unless fewer already take the span: a single short launch would be as short as its uncertainty."""
 SPAN_S: Final = 4e-4
 """Seconds of a repeat beside which what is uncertain about it is small."""
 BYTES_A_SECOND: Final = 4e12

@@ -78,11 +78,6 @@ class DeviceRunner:
         self._epoch = 0
         self._number = 0
 
-    @property
-    def uploaded_bytes(self) -> int:
-        """Bytes that the last plan brought to the device."""
-        return self._upload.bytes
-
     def take_thread(self) -> None:
         """Called once by each thread that uses this."""
         if self._device.type == "cuda":

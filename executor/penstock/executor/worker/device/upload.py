@@ -31,8 +31,6 @@ class Upload:
         self._free: deque[tuple[Tensor, Mark | None]] = deque(
             (timeline.memory(capacity), None) for _ in range(_BUFFERS)
         )
-        self.bytes = 0
-        """Bytes of the last upload."""
 
     def send(self, sections: Sequence[Words]) -> list[Tensor]:
         """The sections on the device, int32 each; valid until what the next call's step launches."""
@@ -40,7 +38,6 @@ class Upload:
         for section in sections:
             starts.append(size)
             size += -(-section.size // _ALIGNMENT) * _ALIGNMENT
-        self.bytes = 4 * sum(section.size for section in sections)
         if not size:
             return [self._device[:0] for _ in sections]
         host = self._host(size)
