@@ -8,7 +8,7 @@ from typing import Final
 from penstock.rpc.errors import RpcError, deadline_exceeded
 from penstock.scheduler.gate.admission import Admission, not_serving
 from penstock.scheduler.gate.attempts import AttemptTable
-from penstock.scheduler.gate.checks import CheckedSubmit, ModelLimits, check_submit
+from penstock.scheduler.gate.checks import ModelLimits, check_submit
 from penstock.scheduler.gate.engine_process import EngineProcess
 from penstock.scheduler.gate.parts import PARTS_SECONDS, Assembly, too_slow
 from penstock.scheduler.gate.sessions import Session
@@ -102,7 +102,7 @@ class Intake:
         samples = ((index, len(delivered) // 4) for index, _, delivered in checked.samples)
         attempt = self._table.create(session, attempt_id, checked.prompt_tokens, samples)
         session.attempts[attempt_id] = attempt
-        attempt.trace = self._begin_trace(checked, attempt_id)
+        attempt.trace = self._begin_trace(assembly, attempt_id)
         self._engine.send(
             checked.to_command(
                 assembly.finish(),
@@ -114,9 +114,11 @@ class Intake:
         )
         session.accept(attempt)
 
-    def _begin_trace(self, checked: CheckedSubmit, attempt_id: bytes) -> AttemptTrace | None:
+    def _begin_trace(self, assembly: Assembly, attempt_id: bytes) -> AttemptTrace | None:
+        checked = assembly.checked
         return self._spans.begin(
             checked.traceparent,
+            assembly.arrival_ns,
             {
                 "penstock.attempt": attempt_id.hex(),
                 "penstock.request_id": checked.request_id,

@@ -67,12 +67,20 @@ class Spans:
         """The engine's spans belong to that process."""
         self._engine = self._tracing.for_resource("penstock-engine", pid)
 
-    def begin(self, traceparent: str, attributes: Mapping[str, str | int]) -> AttemptTrace | None:
-        """The span of an attempt whose caller's trace is sampled; None for any other."""
+    def begin(self, traceparent: str, arrival_ns: int, attributes: Mapping[str, str | int]) -> AttemptTrace | None:
+        """The span of an attempt whose caller's trace is sampled; None for any other.
+
+        It begins with the attempt's arrival (CLOCK_MONOTONIC), as the engine's first span of it does.
+        """
         parent = parse_traceparent(traceparent) if self._tracing.enabled else None
         if parent is None or not parent.trace_flags.sampled:
             return None
-        span = self._tracer.start_span("scheduler.request", context=as_context(parent), attributes=dict(attributes))
+        span = self._tracer.start_span(
+            "scheduler.request",
+            context=as_context(parent),
+            attributes=dict(attributes),
+            start_time=arrival_ns + self._unix_offset(),
+        )
         return AttemptTrace(span) if span.is_recording() else None
 
     def end(self, trace: AttemptTrace, sample: Sample) -> None:
@@ -83,7 +91,7 @@ class Spans:
         if isinstance(sample.end, SampleFailed):
             failure = sample.end.failure
             span.set_status(Status(StatusCode.ERROR, failure.reason.name if failure is not None else None))
-        span.end()
+        span.end(time.monotonic_ns() + self._unix_offset())
 
     def take(self, step: events.Step) -> None:
         """Export what a record tells; it comes before the ends of the same record are handled."""
