@@ -1,6 +1,7 @@
-"""No step of a running worker launches a kernel that the start did not compile.
+"""No step of a running worker launches a kernel that the start did not compile, or a product it has not had.
 
-Nothing is computed here: what is launched is written down, as what Triton tells kernels apart by.
+Nothing is computed here: what is launched is written down, as what Triton tells kernels apart by, and the shapes of
+products, by which the matrix library chooses a kernel and loads it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from penstock.executor.layers.matmul import Products
 from penstock.executor.models.config import ModelConfig, RopeConfig
 from penstock.executor.models.registry import build_model
 from penstock.executor.worker.device.attention import ChunkRows
-from penstock.executor.worker.device.graphs import graph_sizes
 from penstock.executor.worker.device.program import MixedStep, Program
+from penstock.executor.worker.device.sizes import graph_size, graph_sizes, step_size
 from penstock.executor.worker.device.warm_up import warm_up
 from penstock.executor.worker.kv_cache import PageShape, allocate_pages
 from penstock.executor.worker.slots import Capacity
@@ -36,12 +37,18 @@ FEW_HEADS = {"hidden_size": 1536, "intermediate_size": 4096, "heads": 12, "kv_he
 class Launches:
     """What was launched."""
 
-    kinds: set[str] = field(default_factory=set)
+    kernels: set[str] = field(default_factory=set)
+    products: set[str] = field(default_factory=set)
 
     def add(self, kernel: Any, *args: object, grid: object, warmup: bool, **options: object) -> None:
         """In the place of :meth:`triton.JITFunction.run`."""
         _, specialization, chosen = binder(kernel)(*args, debug=False, **options)
-        self.kinds.add(f"{kernel.__name__} {specialization} {chosen}")
+        self.kernels.add(f"{kernel.__name__} {specialization} {chosen}")
+
+    def add_product(self, how: str, x: Tensor, weight: Tensor) -> None:
+        """Of no rows nothing is launched."""
+        if x.shape[0]:
+            self.products.add(f"{how} {tuple(x.shape)} {tuple(weight.shape)}")
 
 
 @functools.cache
@@ -64,21 +71,26 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     monkeypatch.setattr(dispatch, "INTERPRETED", True)
     monkeypatch.setattr(overlap, "can_overlap", lambda: True)
     monkeypatch.setattr(jit.JITFunction, "run", lambda self, *args, **options: found.add(self, *args, **options))
-    monkeypatch.setattr(Products, "__call__", _product)
-    monkeypatch.setattr(Products, "add_to", lambda self, residual, x, weight: residual)
+
+    def product(
+        _: Products, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        found.add_product("written", x, weight)
+        return x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
+
+    def add_to(_: Products, residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        found.add_product("added", x, weight)
+        return residual
+
+    monkeypatch.setattr(Products, "__call__", product)
+    monkeypatch.setattr(Products, "add_to", add_to)
     return found
 
 
-def _product(
-    self: Products, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
-) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
-
-
 def program_of(slots: int, step_tokens: int, **shape: Any) -> Program:
-    """Of two layers; its parameters are whatever the memory held."""
+    """Of three layers; its parameters are whatever the memory held."""
     fixed: dict[str, Any] = {
-        "architecture": "LlamaForCausalLM", "vocab_size": 640, "layers": 2, "head_dim": 128, "max_positions": 4096,
+        "architecture": "LlamaForCausalLM", "vocab_size": 640, "layers": 3, "head_dim": 128, "max_positions": 4096,
         "norm_eps": 1e-5, "rope": RopeConfig(), "tied_head": True, "attention_bias": False, "mlp_bias": False,
         "eos_ids": (), "dtype": "bfloat16",
     }  # fmt: skip
@@ -91,36 +103,34 @@ def program_of(slots: int, step_tokens: int, **shape: Any) -> Program:
     return Program(model, pages, capacity, step_tokens, device)
 
 
-def capture(program: Program) -> None:
-    """What the capture of the graphs launches."""
-    for size in graph_sizes(program.layout.slots):
-        for spread in (Spread.EVEN, Spread.UNEVEN, Spread.MIXED):
-            program.decode(size, spread=spread)
-        for filtered in (False, True):
-            program.choose(size, filtered=filtered)
-
-
 def mixed(program: Program, decodes: int, lengths: list[int], completing: int, spread: Spread, filtered: bool) -> None:
     """A step that computes known ids."""
 
     def column(count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int32)
 
-    rows, samples = sum(lengths), decodes + completing
+    rows, samples = step_size(decodes + sum(lengths), program.max_rows) - decodes, decodes + completing
+    chosen = column(graph_size(samples, program.layout.slots) if samples else 0)
     chunks = ChunkRows(column(len(lengths)), column(len(lengths) + 1), column(len(lengths)), max(lengths))
-    step = MixedStep(column(rows), column(rows), column(rows), chunks, column(samples), column(samples))
+    step = MixedStep(column(rows), column(rows), column(rows), chunks, chosen, column(samples))
     program.mixed(decodes, step, spread=spread)
     if samples:
         program.choose_mixed(step, filtered=filtered)
 
 
-def run_every_kind_of_step(program: Program, step_tokens: int) -> None:
-    """Steps of all numbers of rows, and of random ones."""
-    slots, source = program.layout.slots, random.Random(3)
+def run_decodes(program: Program) -> None:
+    """Steps of all sizes, as if there were no graphs."""
     program.apply(torch.zeros(6, dtype=torch.int32))
-    for rows in range(1, slots + 1):
+    for rows in graph_sizes(program.layout.slots):
         for spread in Spread:
             program.decode(rows, spread=spread)
+        for filtered in (False, True):
+            program.choose(rows, filtered=filtered)
+
+
+def run_mixed(program: Program, step_tokens: int) -> None:
+    """Steps of many numbers of rows, and of random ones."""
+    slots, source = program.layout.slots, random.Random(3)
     for rows in [*range(1, 161), 200, 255, 256, 300, 511, 512, 513, 700, step_tokens]:
         if rows <= step_tokens:
             mixed(program, 0, [rows], source.choice([0, 1]), Spread.EVEN, filtered=False)
@@ -146,13 +156,14 @@ def run_every_kind_of_step(program: Program, step_tokens: int) -> None:
     ],
 )
 @torch.inference_mode()
-def test_nothing_is_compiled_after_the_start(
+def test_nothing_is_compiled_or_loaded_after_the_start(
     launches: Launches, shape: dict[str, Any], slots: int, step_tokens: int, longest: int
 ) -> None:
     program = program_of(slots, step_tokens, **shape)
     warm_up(program, step_tokens, longest)
-    capture(program)
-    compiled = set(launches.kinds)
+    compiled, loaded = set(launches.kernels), set(launches.products)
     assert len(compiled) > 20
-    run_every_kind_of_step(program, step_tokens)
-    assert sorted(launches.kinds - compiled) == []
+    run_mixed(program, step_tokens)
+    assert sorted(launches.products - loaded) == []
+    run_decodes(program)
+    assert sorted(launches.kernels - compiled) == []

@@ -53,9 +53,13 @@ class CublasLt:
     def __init__(self, device: torch.device) -> None:
         """Raises CublasLtError if torch has not loaded the library."""
         self._library = ctypes.CDLL(_loaded_library())
+        self._matmul = self._library.cublasLtMatmul
+        self._matmul.argtypes = [c_void_p] * 14 + [c_size_t, c_void_p]
         self._handle = c_void_p()
         self._check(self._library.cublasLtCreate(byref(self._handle)))
         self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self._workspace_at = self._workspace.data_ptr()
+        self._device = self._workspace.device.index
 
     def product(self, rows: int, outputs: int, inputs: int) -> LtProduct:
         """The product of bfloat16 [rows, inputs] and [outputs, inputs]."""
@@ -99,19 +103,21 @@ class CublasLt:
         descriptor: c_void_p,
         layouts: Layouts,
         algorithm: Algorithm,
-        operands: tuple[Tensor, Tensor, Tensor],
+        pointers: tuple[int, int, int],
         keep: c_float,
     ) -> None:
-        """``result = first · second + keep · result`` in the current stream; operands in that order, result last."""
-        first, second, result = (c_void_p(tensor.data_ptr()) for tensor in operands)
-        self._check(
-            self._library.cublasLtMatmul(
-                self._handle, descriptor, byref(_ONE), first, layouts[0], second, layouts[1], byref(keep),
-                result, layouts[2], result, layouts[2], byref(algorithm.algorithm),
-                c_void_p(self._workspace.data_ptr()), c_size_t(WORKSPACE_BYTES),
-                c_void_p(torch.cuda.current_stream(operands[0].device).cuda_stream),
-            )
+        """``result = first · second + keep · result`` in the current stream; addresses in that order, result last.
+
+        A step without a graph makes hundreds of these calls: all that is found out here is the stream.
+        """
+        first, second, result = pointers
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        status = self._matmul(
+            self._handle, descriptor, _ONE_AT, first, layouts[0], second, layouts[1], byref(keep), result, layouts[2],
+            result, layouts[2], byref(algorithm), self._workspace_at, WORKSPACE_BYTES, stream,
         )  # fmt: skip
+        if status:
+            self._check(status)
 
     def _check(self, status: int) -> None:
         if status:
@@ -119,6 +125,7 @@ class CublasLt:
 
 
 _ONE, _ZERO = c_float(1.0), c_float(0.0)
+_ONE_AT = byref(_ONE)
 
 
 class LtProduct:
@@ -137,7 +144,8 @@ class LtProduct:
     def run(self, algorithm: Algorithm, x: Tensor, weight: Tensor, out: Tensor, *, add: bool) -> None:
         """``out = x Wᵀ``, or ``out += x Wᵀ`` to ``add``. All as :meth:`takes` has them."""
         keep = _ONE if add else _ZERO
-        self._library.run(self._descriptor, self._layouts, algorithm, (weight, x, out), keep)
+        pointers = weight.data_ptr(), x.data_ptr(), out.data_ptr()
+        self._library.run(self._descriptor, self._layouts, algorithm, pointers, keep)
 
     @staticmethod
     def takes(*tensors: Tensor) -> bool:

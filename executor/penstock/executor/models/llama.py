@@ -10,6 +10,7 @@ logits = head(norm(x))
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -169,6 +170,12 @@ class Llama:
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """[n, vocabulary] of hidden states [n, hidden], in their dtype."""
         return self.place.products(hidden, self.head, out=out)
+
+    def last_layers(self, count: int) -> Llama:
+        """See :class:`penstock.executor.models.registry.Model`."""
+        part = copy.copy(self)
+        part.layers = self.layers[-count:]
+        return part
 
     def absorb_norms(self) -> None:
         """See :class:`penstock.executor.models.registry.Model`."""

@@ -35,6 +35,10 @@ class Model(Protocol):
         """[n, vocabulary] of hidden states [n, hidden], in the dtype of the model; written to ``out`` if given."""
         ...
 
+    def last_layers(self, count: int) -> Model:
+        """The same with its last ``count`` layers alone, of the same parameters."""
+        ...
+
     def absorb_norms(self) -> None:
         """Once the parameters are set: let products take over the weights of the norms before them.
 

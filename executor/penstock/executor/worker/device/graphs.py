@@ -1,7 +1,8 @@
 """Decode steps as CUDA graphs: one launch for the layers, one for the choice of tokens.
 
 A graph computes a fixed number of rows; a batch is padded up to the next size with rows of the slot that is nobody's,
-which cost little more than their share of the matrix products. All graphs share one pool of memory.
+which cost little more than their share of the matrix products; so it is without graphs. All graphs share one pool of
+memory.
 """
 
 from __future__ import annotations
@@ -14,14 +15,8 @@ from functools import partial
 import torch
 
 from penstock.executor.worker.device.program import Program
+from penstock.executor.worker.device.sizes import graph_size, graph_sizes
 from penstock.kernels.attention.decode_shapes import DecodeShape, Spread
-
-
-def graph_sizes(max_rows: int) -> list[int]:
-    """Sizes that are captured: fine enough that padding costs at most an eighth above 8 rows and far less above 64."""
-    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16), *range(544, max_rows + 1, 32)]
-    fitting = [size for size in sizes if size < max_rows]
-    return [*fitting, max_rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,26 +30,25 @@ class CaptureReport:
 
 
 class DecodeGraphs:
-    """The decode steps of a program. Without graphs every step is launched kernel by kernel."""
+    """The decode steps of a program. Until they are captured every step is launched kernel by kernel."""
 
     def __init__(self, program: Program) -> None:
         """Nothing is captured."""
         self._program = program
         self._forward: dict[tuple[int, DecodeShape], torch.cuda.CUDAGraph] = {}
         self._tail: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
-        self._size_of: list[int] = []
         self._pool: torch.cuda._POOL_HANDLE | None = None
         self._stream: torch.cuda.Stream | None = None
 
-    def capture(self, max_rows: int, device: torch.device, on_size: Callable[[int, int], None]) -> CaptureReport:
-        """Capture all sizes up to ``max_rows``, the largest first so that the smaller ones share its memory.
+    def capture(self, device: torch.device, on_size: Callable[[int, int], None]) -> CaptureReport:
+        """Capture all sizes, the largest first so that the smaller ones share its memory.
 
         ``on_size`` is told how many sizes are done, of how many. No slot may be live.
         """
         started, free = time.perf_counter(), torch.cuda.mem_get_info(device)[0]
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        sizes = graph_sizes(max_rows)
+        sizes = graph_sizes(self._program.layout.slots)
         for done, size in enumerate(reversed(sizes)):
             on_size(done, len(sizes))
             for spread in (Spread.EVEN, Spread.UNEVEN, Spread.MIXED):
@@ -63,7 +57,6 @@ class DecodeGraphs:
                 choose = partial(self._program.choose, size, filtered=filtered)
                 self._tail[size, filtered] = self._captured(choose)
         on_size(len(sizes), len(sizes))
-        self._size_of = [next(size for size in sizes if size >= rows) for rows in range(max_rows + 1)]
         torch.cuda.synchronize(device)
         taken = free - torch.cuda.mem_get_info(device)[0]
         return CaptureReport(len(self._forward) + len(self._tail), time.perf_counter() - started, taken)
@@ -73,10 +66,11 @@ class DecodeGraphs:
 
         A size whose lengths are spread in a way that is rare is captured when it is first met.
         """
-        if self._size_of:
-            self._forward_of(self._size_of[rows], spread).replay()
+        size = self._size_of(rows)
+        if self._stream is None:
+            self._program.decode(size, spread=spread)
         else:
-            self._program.decode(rows, spread=spread)
+            self._forward_of(size, spread).replay()
 
     def _forward_of(self, size: int, spread: Spread) -> torch.cuda.CUDAGraph:
         """The graph; spreads for which attention is cut alike share one."""
@@ -87,10 +81,14 @@ class DecodeGraphs:
 
     def choose(self, rows: int, *, filtered: bool) -> None:
         """Its next tokens."""
-        if self._size_of:
-            self._tail[self._size_of[rows], filtered].replay()
+        size = self._size_of(rows)
+        if self._stream is None:
+            self._program.choose(size, filtered=filtered)
         else:
-            self._program.choose(rows, filtered=filtered)
+            self._tail[size, filtered].replay()
+
+    def _size_of(self, rows: int) -> int:
+        return graph_size(rows, self._program.layout.slots)
 
     def _captured(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """``work`` as a graph. Not through ``torch.cuda.graph``: that collects garbage before each of many captures."""

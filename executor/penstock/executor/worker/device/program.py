@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,15 +26,15 @@ class MixedStep:
     """The device's side of a step that computes known ids: all tensors int32."""
 
     ids: Tensor
-    """[rows of chunks]"""
+    """[rows of chunks and of padding]"""
     positions: Tensor
     slots: Tensor
     """The slot of each of these rows."""
     chunks: ChunkRows
-    chosen: Tensor
-    """[samples]: of all rows, decodes first, those whose next token is chosen"""
+    chosen: Tensor | None
+    """[samples and padding]: of all rows, decodes first, that go on behind the last layer's attention; None: all"""
     sample_slots: Tensor
-    """[samples]"""
+    """[samples]: whose next tokens are chosen from the first rows of these"""
 
 
 class Program:
@@ -50,7 +51,9 @@ class Program:
         rows = capacity.max_sequences
         self.layout = ArenaLayout(rows, capacity.table_width, rows)
         self.state = BatchState.allocate(self.layout, device, scratch_block=capacity.num_blocks)
-        self.rows = StepRows.allocate(rows + max_step_tokens, device)
+        self.max_rows = rows + max_step_tokens
+        """Of a step, decodes and padding included."""
+        self.rows = StepRows.allocate(self.max_rows, device)
         self.output = TailOutput.allocate(rows, capacity.vocab_size, device)
         self.logits = torch.empty(rows, capacity.vocab_size, dtype=pages[0].keys.dtype, device=device)
 
@@ -87,18 +90,24 @@ class Program:
         fill_rows(self.state, self.rows, decodes, step.ids, step.positions, step.slots, self._block_tokens)
         count = decodes + step.ids.numel()
         attention = DeviceStep(self.state, self.rows, decodes, step.chunks, spread)
-        samples = step.chosen.numel()
+        samples = step.sample_slots.numel()
         with overlapped(self.row_size):
             hidden = self._model.forward(self.rows.ids[:count], attention, self._pages, step.chosen)
             if samples:
-                self._model.logits(hidden, out=self.logits[:samples])
+                self._model.logits(hidden, out=self.logits[: hidden.shape[0]])
         return samples
 
     def choose_mixed(self, step: MixedStep, *, filtered: bool) -> None:
         """The next tokens of the samples of a mixed step."""
-        samples = step.chosen.numel()
+        samples = step.sample_slots.numel()
         with overlapped(self.row_size):
             sample_step(self.logits[:samples], step.sample_slots, self.state, self.output, filtered=filtered)
+
+    def shallow(self) -> Program:
+        """The same with the last two layers alone: any kernel of a step, in a fraction of its time."""
+        part = copy.copy(self)
+        part._model, part._pages = self._model.last_layers(2), self._pages[-2:]
+        return part
 
     def forget(self) -> None:
         """No slot is live."""

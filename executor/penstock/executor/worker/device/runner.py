@@ -23,6 +23,7 @@ from penstock.executor.worker.device.attention import ChunkRows
 from penstock.executor.worker.device.graphs import DecodeGraphs
 from penstock.executor.worker.device.mirror import Chunk, Ints, Mirror, Step
 from penstock.executor.worker.device.program import MixedStep, Program
+from penstock.executor.worker.device.sizes import graph_size, step_size
 from penstock.executor.worker.device.timeline import CudaTimeline, HostTimeline, Mark
 from penstock.executor.worker.device.upload import Upload, Words
 from penstock.executor.worker.slots import Capacity
@@ -141,7 +142,7 @@ class DeviceRunner:
 
     def _launch_mixed(self, step: Step) -> list[Sampled]:
         words, *sections = self._upload.send(
-            [self._mirror.changes.take().reshape(-1), *_chunk_sections(step, len(step.decodes))]
+            [self._mirror.changes.take().reshape(-1), *_chunk_sections(step, self._program)]
         )
         self._program.apply(words)
         ids, positions, slots, chunk_slots, query_start, contexts, chosen, sample_slots = sections
@@ -231,23 +232,33 @@ class DeviceRunner:
         return [end.since(begin) for begin, end in pairwise(marks)]
 
 
-def _chunk_sections(step: Step, decodes: int) -> list[Words]:
-    """What :class:`MixedStep` holds, in its order of fields."""
-    chunks = step.chunks
+def _chunk_sections(step: Step, program: Program) -> list[Words]:
+    """What :class:`MixedStep` holds, in its order of fields, padded to sizes that the start has met."""
+    chunks, decodes, nobody = step.chunks, len(step.decodes), program.layout.slots
     lengths = np.array([chunk.ids.size for chunk in chunks], np.int64)
     ends = np.cumsum(lengths)
     last_rows = [int(end) - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.completes]
+    rows, samples = int(ends[-1]), len(step.samples)
+    padded_rows = step_size(decodes + rows, program.max_rows) - decodes
+    padded_samples = graph_size(samples, nobody) if samples else 0
     return [
-        np.concatenate([chunk.ids for chunk in chunks]),
-        np.concatenate([_positions(chunk) for chunk in chunks]),
-        np.repeat(np.array([chunk.slot for chunk in chunks], np.int32), lengths),
+        _padded([chunk.ids for chunk in chunks], padded_rows, 0),
+        _padded([_positions(chunk) for chunk in chunks], padded_rows, 0),
+        _padded([np.repeat(np.array([chunk.slot for chunk in chunks], np.int32), lengths)], padded_rows, nobody),
         np.array([chunk.slot for chunk in chunks], np.int32),
         np.concatenate(([0], ends)).astype(np.int32),
         np.array([chunk.start + chunk.ids.size for chunk in chunks], np.int32),
-        np.concatenate((np.arange(decodes), decodes + np.array(last_rows, np.int64))).astype(np.int32),
+        _padded([np.arange(decodes), decodes + np.array(last_rows, np.int64)], padded_samples, 0),
         step.samples.astype(np.int32),
     ]
 
 
 def _positions(chunk: Chunk) -> Words:
     return np.arange(chunk.start, chunk.start + chunk.ids.size, dtype=np.int32)
+
+
+def _padded(parts: Sequence[Words | Ints], size: int, filling: int) -> Words:
+    padded = np.full(size, filling, np.int32)
+    joined = np.concatenate(parts)
+    padded[: joined.size] = joined
+    return padded

@@ -14,10 +14,11 @@ import torch
 from penstock.executor.executor import Progress
 from penstock.executor.layers.attention import LayerCache
 from penstock.executor.step import ModelSpec
-from penstock.executor.worker.device.graphs import DecodeGraphs, graph_sizes
+from penstock.executor.worker.device.graphs import DecodeGraphs
 from penstock.executor.worker.device.memory import GRAPH_BYTES, Budget, count_device_blocks
 from penstock.executor.worker.device.program import Program
 from penstock.executor.worker.device.runner import DeviceRunner
+from penstock.executor.worker.device.sizes import graph_sizes
 from penstock.executor.worker.device.warm_up import run_full_step, warm_up
 from penstock.executor.worker.kv_cache import PageShape, allocate_pages, longest_sequence
 from penstock.executor.worker.model_runner import LoadedModel, load_model
@@ -96,7 +97,7 @@ def start_on_device(spec: ModelSpec, device: torch.device, progress: Progress) -
                     [rows for rows in graph_sizes(spec.max_sequences) if rows >= TUNED_ROWS], TUNE_SECONDS
                 )
             with report.stage("graphs", device):
-                captured = graphs.capture(spec.max_sequences, device, functools.partial(progress, "graphs"))
+                captured = graphs.capture(device, functools.partial(progress, "graphs"))
             report.bytes["graphs"] = captured.bytes
     return Started(DeviceRunner(program, graphs, capacity, spec.max_step_tokens, device), loaded, capacity, report)
 

@@ -1,28 +1,25 @@
 """Whatever a step may launch, launched once before the first plan.
 
 A kernel is compiled when it is launched for the first time, which takes up to a second, unless an earlier run has left
-it in Triton's cache: whoever's request comes first would wait. Which kernels a step launches depends on its numbers of
-rows: of all, of those that decode, and of those whose next token is chosen.
+it in Triton's cache; one of the matrix library is loaded then, which takes milliseconds. Whoever's request comes first
+would wait. Which kernels a step launches depends on its numbers of rows: of all, of those that decode, and of those
+whose next token is chosen. Two layers show them all (:meth:`Program.shallow`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
-from typing import Final
+from itertools import accumulate, pairwise
 
 import torch
 
 from penstock.executor.worker.device.attention import ChunkRows
 from penstock.executor.worker.device.program import MixedStep, Program
+from penstock.executor.worker.device.sizes import graph_sizes, met_step_sizes
 from penstock.kernels.attention.decode_shapes import DecodeShape, Spread
 from penstock.kernels.batch.state import NOT_LIVE
+from penstock.kernels.norm import late_pays
 from penstock.kernels.overlap import overlap_pays
-
-STEPS: Final = (
-    (8, 8), (16, 16), (24, 24), (36, 36), (64, 64), (96, 8), (96, 16), (96, 36), (96, 64), (600, 48), (600, 100)
-)  # fmt: skip
-"""Rows of a chunk and how many of them are chosen: of each way in which kernels take few rows, one."""
 
 
 def warm_up(program: Program, max_step_tokens: int, longest: int) -> None:
@@ -33,10 +30,11 @@ def warm_up(program: Program, max_step_tokens: int, longest: int) -> None:
     run_full_step(program, max_step_tokens, longest)
     live_nobody = program.layout.offset("live") + program.layout.slots
     program.apply(torch.tensor([live_nobody, NOT_LIVE], dtype=torch.int32, device=program.state.arena.device))
-    for most, some in STEPS:
-        rows = min(most, max_step_tokens)
-        chosen = min(some, rows, program.layout.slots)
-        _run_step(program, 0, _split(rows, longest), chosen, filtered=(False,))
+    part = program.shallow()
+    for rows in met_step_sizes(program.max_rows):
+        _run_step(part, 0, _split(rows, longest))
+    for rows, samples in _samples_of_steps(program):
+        _run_step(part, 0, _split(rows, longest), samples)
     for rows, spread in _kinds_of_decodes(program):
         program.decode(rows, spread=spread)
         for filtered in (False, True):
@@ -66,25 +64,37 @@ def _kinds_of_decodes(program: Program) -> Iterator[tuple[int, Spread]]:
                 yield rows, spread
 
 
-def _run_step(program: Program, decodes: int, lengths: Sequence[int], chosen: int, *, filtered: Sequence[bool]) -> None:
-    """``decodes`` rows and chunks of ``lengths``, all of the slot that is nobody's; ``chosen`` rows sample."""
+def _samples_of_steps(program: Program) -> Iterator[tuple[int, int]]:
+    """Rows and samples of steps: each number of samples, after each way to normalise."""
+    for samples in graph_sizes(program.layout.slots):
+        met: set[bool] = set()
+        for rows in met_step_sizes(program.max_rows):
+            late = late_pays(rows, program.row_size)
+            if rows >= samples and late not in met:
+                met.add(late)
+                yield rows, samples
+
+
+def _run_step(
+    program: Program, decodes: int, lengths: Sequence[int], samples: int = 0, *, filtered: Sequence[bool] = (False,)
+) -> None:
+    """``decodes`` rows and chunks of ``lengths``, all of the slot that is nobody's; without ``samples`` all go on."""
     nobody, device = program.layout.slots, program.state.arena.device
 
     def column(values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
 
     positions = torch.cat([torch.arange(length, dtype=torch.int32, device=device) for length in lengths])
-    ends = [0]
-    for length in lengths:
-        ends.append(ends[-1] + length)
     step = MixedStep(
         ids=torch.zeros_like(positions),
         positions=positions,
         slots=torch.full_like(positions, nobody),
-        chunks=ChunkRows(column([nobody] * len(lengths)), column(ends), column(lengths), max(lengths)),
-        chosen=torch.arange(chosen, dtype=torch.int32, device=device),
-        sample_slots=column([nobody] * chosen),
+        chunks=ChunkRows(
+            column([nobody] * len(lengths)), column([0, *accumulate(lengths)]), column(lengths), max(lengths)
+        ),
+        chosen=torch.arange(samples, dtype=torch.int32, device=device) if samples else None,
+        sample_slots=column([nobody] * samples),
     )
-    for some in filtered:
-        program.mixed(decodes, step, spread=Spread.MIXED)
-        program.choose_mixed(step, filtered=some)
+    if program.mixed(decodes, step, spread=Spread.MIXED):
+        for some in filtered:
+            program.choose_mixed(step, filtered=some)
