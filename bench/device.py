@@ -179,7 +179,8 @@ def compare_with_replay(engine: Engine, batch: int, arguments: argparse.Namespac
     """Steps replayed bare, and the wall time of the same steps as the engine plans them.
 
     The same: from one state of the batch, at the same lengths, by the same draws. How long attention takes depends on
-    the lengths by more than what is to be measured here.
+    the lengths by more than what is to be measured here. A GPU at its power limit may be throttled for a moment, some
+    tenths of a second after the load began: where that falls into the replays, the share is negative and says nothing.
     """
     context = arguments.context + (4 - (arguments.context + SETTLING // 2 + 10)) % engine.info.block_tokens
     decode_batch(engine, batch, context, SETTLING, arguments.temperature)

@@ -3,7 +3,7 @@
 Microseconds of one call, in a CUDA graph of calls whose operands take turns; the bytes that it reads and writes a
 second; and their share of what a copy of 2 GiB reaches. Operands of up to a hundred rows stay in the L2 cache, as they
 do behind the product that made them. A call on few rows is bound by the time that a kernel takes to begin and end:
-``empty_us`` is that of one which changes a single word.
+the first figure is that of one which changes a single word.
 
 ``--sweep`` also tries other cuts of the kernels into programs. One JSON line a figure.
 """

@@ -32,6 +32,11 @@ def test_a_step_is_hardly_padded(most: int, share: float) -> None:
     assert size < rows + GRAIN
 
 
+def test_a_step_without_room_is_refused() -> None:
+    with pytest.raises(ValueError, match="a step of 1025 rows, there is room for 1024"):
+        step_size(1025, 1024)
+
+
 @given(most=st.integers(1, 20_000))
 def test_the_start_meets_all_but_large_steps(most: int) -> None:
     sizes = met_step_sizes(most)

@@ -1,8 +1,8 @@
 """Decode steps as CUDA graphs: one launch for the layers, one for the choice of tokens.
 
 A graph computes a fixed number of rows; a batch is padded up to the next size with rows of the slot that is nobody's,
-which cost little more than their share of the matrix products; so it is without graphs. All graphs share one pool of
-memory.
+which cost little more than their share of the matrix products. Without graphs it is padded all the same, so that both
+compute the same. All graphs share one pool of memory.
 """
 
 from __future__ import annotations

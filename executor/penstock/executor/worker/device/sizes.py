@@ -41,7 +41,9 @@ def _sizes_of_graphs(max_rows: int) -> list[int]:
 
 
 def step_size(rows: int, max_rows: int) -> int:
-    """The size of a step of ``rows`` that computes known ids."""
+    """The size of a step of ``rows`` that computes known ids. Raises ValueError if there is no room for them."""
+    if rows > max_rows:
+        raise ValueError(f"a step of {rows} rows, there is room for {max_rows}")
     return min(max_rows, -(-rows // GRAIN) * GRAIN)
 
 
