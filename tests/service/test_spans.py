@@ -10,6 +10,7 @@ from opentelemetry.trace import SpanKind, Tracer
 
 from penstock.rpc.errors import RpcError
 from penstock.telemetry.tracing import SpanEmitter, parse_traceparent
+from penstock.v1 import StreamRequest
 from service.fake_scheduler import FakeScheduler, says
 from service.harness import request, serving, stream, until
 
@@ -93,6 +94,26 @@ def test_a_failed_call_s_span(recording: Recording) -> None:
         assert not server.status.is_ok
         assert server.status.description == "INVALID_REQUEST"
         assert server.events == ()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("timeout_s", "code"), [(1.001, 4), (60.0, 1)])
+def test_a_call_that_its_caller_ends(recording: Recording, timeout_s: float, code: int) -> None:
+    """At its deadline or before it: 4 DEADLINE_EXCEEDED, 1 CANCELLED."""
+
+    async def scenario() -> None:
+        scheduler = FakeScheduler(answer=says("x" * 1000), period_s=0.01)
+        async with serving(scheduler, tracing=recording) as running:
+            call = running.generation.stream(StreamRequest(request(max_tokens=1000)), timeout=timeout_s)
+            asyncio.get_running_loop().call_later(1.5, call.cancel)
+            with pytest.raises((RpcError, asyncio.CancelledError)):
+                async for _ in call:
+                    pass
+            await until(lambda: len(recording.exporter.get_finished_spans()) == 3)
+        server = recording.span("penstock.v1.GenerationService/Stream")
+        assert dict(server.attributes or {})["rpc.grpc.status_code"] == code
+        assert server.status.description == {4: "DEADLINE", 1: "CANCELLED"}[code]
 
     asyncio.run(scenario())
 

@@ -11,6 +11,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_
 
 from penstock.rpc.errors import RpcError, deadline_exceeded
 from penstock.service.auth import Identity
+from penstock.service.deadline import Deadline
 from penstock.telemetry.logging import get_logger
 from penstock.telemetry.tracing import Metadata, as_context, extract, format_traceparent
 from penstock.v1 import CancelReason
@@ -27,8 +28,7 @@ class Call:
     identity: Identity
     span: Span
     tracer: Tracer
-    deadline: float | None
-    """By the running loop's clock; None: none."""
+    deadline: Deadline | None
     notes: dict[str, Note]
     """For the call's line in the log."""
 
@@ -39,18 +39,18 @@ class Call:
         return format_traceparent(context) if context.is_valid else ""
 
     @property
-    def expired(self) -> bool:
-        """Whether the deadline has passed."""
-        return self.deadline is not None and asyncio.get_running_loop().time() >= self.deadline
+    def deadline_at(self) -> float | None:
+        """By the running loop's clock; None: none."""
+        return None if self.deadline is None else self.deadline.at
 
     @property
     def cancel_reason(self) -> CancelReason:
         """Why a call that is cancelled now is cancelled."""
-        return CancelReason.DEADLINE if self.expired else CancelReason.CLIENT
+        return CancelReason.DEADLINE if _ends_callers(self.deadline) else CancelReason.CLIENT
 
     def check_deadline(self) -> None:
         """Raise DEADLINE_EXCEEDED once it has passed."""
-        if self.expired:
+        if self.deadline is not None and self.deadline.passed:
             raise deadline_exceeded()
 
     def note(self, name: str, value: Note, *, attribute: str = "") -> None:
@@ -72,10 +72,12 @@ class Call:
 
 
 @contextmanager
-def server_span(tracer: Tracer, method: str, metadata: Metadata, notes: dict[str, Note]) -> Iterator[Span]:
+def server_span(
+    tracer: Tracer, method: str, metadata: Metadata, deadline: Deadline | None, notes: dict[str, Note]
+) -> Iterator[Span]:
     """The span of a call of `method` ("package.Service/Method"), below the caller's if that named one.
 
-    Ends, and is logged with `notes`, with what is raised through it.
+    Ends, and is logged with `notes`, with what is raised through it; a cancel at the deadline is DEADLINE_EXCEEDED.
     """
     service, _, name = method.partition("/")
     span = tracer.start_span(
@@ -89,7 +91,7 @@ def server_span(tracer: Tracer, method: str, metadata: Metadata, notes: dict[str
     try:
         yield span
     except BaseException as error:
-        code, reason = _failure(error)
+        code, reason = _failure(error, deadline)
         span.set_status(Status(StatusCode.ERROR, reason))
         raise
     finally:
@@ -99,10 +101,16 @@ def server_span(tracer: Tracer, method: str, metadata: Metadata, notes: dict[str
         span.end()
 
 
-def _failure(error: BaseException) -> tuple[grpc.StatusCode, str]:
+def _failure(error: BaseException, deadline: Deadline | None) -> tuple[grpc.StatusCode, str]:
     """The status that a call ends with, and a word for it that quotes nothing."""
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        if not _ends_callers(deadline):
+            return grpc.StatusCode.CANCELLED, "CANCELLED"
+        error = deadline_exceeded()
     if isinstance(error, RpcError):
         return error.code, error.reason.name or ""
-    if isinstance(error, asyncio.CancelledError | GeneratorExit):
-        return grpc.StatusCode.CANCELLED, "CANCELLED"
     return grpc.StatusCode.INTERNAL, type(error).__name__
+
+
+def _ends_callers(deadline: Deadline | None) -> bool:
+    return deadline is not None and deadline.ends_callers

@@ -1,16 +1,15 @@
 """What every public call passes: its span, its identity, a place, its deadline."""
 
-import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 from opentelemetry.trace import Tracer
 
-from penstock.rpc.errors import deadline_exceeded
 from penstock.service.admission import Admission
 from penstock.service.auth import Authenticator
 from penstock.service.calls import Call, Note, server_span
+from penstock.service.deadline import Deadline
 from penstock.telemetry.tracing import Metadata
 
 
@@ -43,18 +42,13 @@ class Front:
         Raises UNAUTHENTICATED, UNAVAILABLE, RESOURCE_EXHAUSTED, or DEADLINE_EXCEEDED if it is over already.
         """
         metadata = tuple(context.invocation_metadata() or ())
+        remaining_s = context.time_remaining()
+        deadline = None if remaining_s is None else Deadline.after(remaining_s)
         notes: dict[str, Note] = {}
-        with server_span(self._tracer, method, metadata, notes) as span:
+        with server_span(self._tracer, method, metadata, deadline, notes) as span:
             identity = self._authenticator.authenticate(metadata)
             with self._admission.enter():
-                call = Call(identity, span, self._tracer, _deadline(context.time_remaining()), notes)
+                call = Call(identity, span, self._tracer, deadline, notes)
+                call.check_deadline()
                 call.note("tenant", identity.tenant)
                 yield call
-
-
-def _deadline(remaining_s: float | None) -> float | None:
-    if remaining_s is None:
-        return None
-    if remaining_s <= 0:
-        raise deadline_exceeded()
-    return asyncio.get_running_loop().time() + remaining_s

@@ -118,7 +118,7 @@ class Intake:
                 sampling=checked.sampling.to_submit(max_tokens),
                 traceparent=call.traceparent,
             ),
-            call.deadline,
+            call.deadline_at,
         )
         call.check_deadline()
         with call.child("route") as span:
@@ -180,7 +180,7 @@ async def _encode(
     call: Call,
     add_special_tokens: bool,
 ) -> "array[int]":
-    most, deadline = model.max_model_tokens, call.deadline
+    most, deadline = model.max_model_tokens, call.deadline_at
     if not isinstance(content, str):
         return await pool.encode_chat(tokenizer, content, max_tokens=most, deadline=deadline)
     return await pool.encode(
@@ -216,4 +216,4 @@ def _delivery(
 def _expire(attempt: Attempt, call: Call) -> asyncio.TimerHandle | None:
     if call.deadline is None:
         return None
-    return asyncio.get_running_loop().call_at(call.deadline, attempt.fail, deadline_exceeded())
+    return asyncio.get_running_loop().call_at(call.deadline.at, attempt.fail, deadline_exceeded())
