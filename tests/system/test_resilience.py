@@ -11,7 +11,6 @@ import psutil
 import pytest
 
 from penstock.rpc.errors import RpcError
-from penstock.service.fleet import PATIENCE_SECONDS
 from penstock.v1 import ErrorReason, FinishReason, GenerateRequest, StreamRequest
 from support.clients import Caller, caller, collect, request, status, status_at_rest
 from support.stack import healthy, scheduler, service, stack, wait_until
@@ -114,7 +113,7 @@ async def test_nobody_is_sent_to_an_engine_that_stands_still(model: Path) -> Non
                 began = time.monotonic()
                 with pytest.raises(RpcError) as caught:
                     await collect(stubs, long(2, 5))
-                assert time.monotonic() - began < PATIENCE_SECONDS
+                assert time.monotonic() - began < 0.5
                 assert caught.value.code is grpc.StatusCode.UNAVAILABLE
                 assert caught.value.reason == ErrorReason.NO_SCHEDULER
                 assert caught.value.retry_after_s

@@ -46,7 +46,7 @@ class Call:
     @property
     def cancel_reason(self) -> CancelReason:
         """Why a call that is cancelled now is cancelled."""
-        return CancelReason.DEADLINE if _ends_callers(self.deadline) else CancelReason.CLIENT
+        return CancelReason.DEADLINE if _left_at(self.deadline) else CancelReason.CLIENT
 
     def check_deadline(self) -> None:
         """Raise DEADLINE_EXCEEDED once it has passed."""
@@ -104,7 +104,7 @@ def server_span(
 def _failure(error: BaseException, deadline: Deadline | None) -> tuple[grpc.StatusCode, str]:
     """The status that a call ends with, and a word for it that quotes nothing."""
     if isinstance(error, asyncio.CancelledError | GeneratorExit):
-        if not _ends_callers(deadline):
+        if not _left_at(deadline):
             return grpc.StatusCode.CANCELLED, "CANCELLED"
         error = deadline_exceeded()
     if isinstance(error, RpcError):
@@ -112,5 +112,5 @@ def _failure(error: BaseException, deadline: Deadline | None) -> tuple[grpc.Stat
     return grpc.StatusCode.INTERNAL, type(error).__name__
 
 
-def _ends_callers(deadline: Deadline | None) -> bool:
-    return deadline is not None and deadline.ends_callers
+def _left_at(deadline: Deadline | None) -> bool:
+    return deadline is not None and deadline.passed_for_caller

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 _LONGER = 0.05
 """A deadline arrives longer than it was asked for, by this share of it at most.
 
-gRPC sends two or three digits of it, rounded up (PROTOCOL-HTTP2, "Timeout"), and grpc-core sends one again that it has
-sent before if that is up to 3% longer.
+grpc-core rounds it up to three digits (up to 1%), and sends one that it has sent before again where that is up to 3%
+longer (TimeoutCompressorImpl::EncodeWith).
 """
 _ROAD_S = 0.02
 """And it begins later, by the time that the call was on its way, with a busy event loop at its end."""
@@ -23,7 +23,7 @@ class Deadline:
 
     @classmethod
     def after(cls, remaining_s: float) -> "Deadline":
-        """The deadline of a call that has `remaining_s` seconds left as it arrives, none if it is not positive."""
+        """Of a call that arrives with `remaining_s` seconds left; if they are not positive, it has passed."""
         return cls(_now() + remaining_s, remaining_s * _LONGER + _ROAD_S)
 
     @property
@@ -32,8 +32,11 @@ class Deadline:
         return _now() >= self.at
 
     @property
-    def ends_callers(self) -> bool:
-        """Whether a caller who leaves now leaves for the deadline: HTTP/2 has one cancel for both."""
+    def passed_for_caller(self) -> bool:
+        """Whether it may be over by the caller's clock, so that who leaves now has left for it.
+
+        HTTP/2 has one cancel for a caller who has lost interest and for one whose time is over.
+        """
         return _now() >= self.at - self.early_s
 
 
