@@ -34,12 +34,13 @@ class Linear:
         self.weight = place.empty(outputs + adapter_rows, inputs)
         self.weight[outputs:].zero_()
         self.bias = place.empty(outputs) if bias else None
-        self._base = self.weight[:outputs]
+        self.base = self.weight[:outputs]
+        """[all outputs, inputs]: without the rows of adapters."""
         self._products = place.products
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, inputs] → [rows, all outputs]; no adapter takes part."""
-        return self._products(x, self._base, self.bias)
+        return self._products(x, self.base, self.bias)
 
     def absorb(self, norm: RMSNorm) -> None:
         """Take over the weight of the norm of this map's input; what is left of the norm is a factor for each row."""
@@ -48,12 +49,12 @@ class Linear:
 
     def onto(self, x: Tensor, residual: Tensor) -> Tensor:
         """Add the map of ``x`` [rows, inputs] to ``residual`` [rows, all outputs], in place; without a bias only."""
-        return self._products.add_to(residual, x, self._base)
+        return self._products.add_to(residual, x, self.base)
 
     def in_parts(self, x: Tensor) -> Tensor:
         """The same, or float32 [parts, rows, all outputs] of which it is the sum, where that is faster: for a norm."""
-        shape = split_shape(x, self._base) if self.bias is None else None
-        return self(x) if shape is None else split_product(x, self._base, shape)
+        shape = split_shape(x, self.base) if self.bias is None else None
+        return self(x) if shape is None else split_product(x, self.base, shape)
 
     def gated(self, x: Tensor, late: Late | None = None) -> Tensor:
         """[rows, inputs] → [rows, half of the outputs]: ``silu`` of the first half times the second.
@@ -62,14 +63,14 @@ class Linear:
         """
         if late is not None:
             return silu_mul(self(x), late)
-        shape = gated_shape(x, self._base) if self.bias is None else None
-        return silu_mul(self(x)) if shape is None else gated_product(x, self._base, shape)
+        shape = gated_shape(x, self.base) if self.bias is None else None
+        return silu_mul(self(x)) if shape is None else gated_product(x, self.base, shape)
 
     def destinations(self, name: str) -> dict[str, Tensor]:
         """The checkpoint tensors under ``name`` and the rows of this map that each fills."""
         sizes = list(self.parts.values())
         found: dict[str, Tensor] = {}
-        for kind, parameter in (("weight", self._base), ("bias", self.bias)):
+        for kind, parameter in (("weight", self.base), ("bias", self.bias)):
             if parameter is not None:
                 for part, rows in zip(self.parts, torch.split(parameter, sizes), strict=True):
                     found[f"{name}.{part}.{kind}"] = rows

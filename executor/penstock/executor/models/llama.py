@@ -18,11 +18,15 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from penstock.executor.layers.attention import AttentionStep, LayerCache, PagedAttention
+from penstock.executor.layers.few_rows import LayerWeights, StepWeights
 from penstock.executor.layers.linear import Linear
 from penstock.executor.layers.norm import RMSNorm
 from penstock.executor.layers.placement import Placement
 from penstock.executor.layers.rotary import RotaryEmbedding
 from penstock.executor.models.config import ModelConfig
+from penstock.kernels.gemv.attention import HeadNorms
+from penstock.kernels.gemv.product import Norm
+from penstock.kernels.gemv.shapes import LayerSizes
 from penstock.kernels.norm import late_pays
 
 
@@ -125,6 +129,28 @@ class Layer:
         x, residual = self.feed_forward_norm(x, residual if chosen is None else residual.index_select(0, chosen))
         return self.feed_forward(x), residual
 
+    def few_rows(self) -> LayerWeights | None:
+        """Its parameters for steps of few rows; None: those have no place for its biases."""
+        attend, feed_forward = self.attention.attend, self.feed_forward
+        if any(linear.bias is not None for linear in self.linears()[1:]):
+            return None
+        head_norms = None
+        if attend.q_norm is not None and attend.k_norm is not None:
+            head_norms = HeadNorms(attend.q_norm.weight, attend.k_norm.weight, attend.q_norm.eps)
+        return LayerWeights(
+            self._norm_before(self.attention_norm),
+            self.attention.qkv.base,
+            self.attention.qkv.bias,
+            head_norms,
+            self.attention.output.base,
+            self._norm_before(self.feed_forward_norm),
+            feed_forward.gate_up.base,
+            feed_forward.down.base,
+        )
+
+    def _norm_before(self, norm: RMSNorm) -> Norm:
+        return Norm(None if self.absorbed else norm.weight, norm.eps)
+
     def linears(self) -> tuple[Linear, ...]:
         """The products of the layer."""
         return self.attention.qkv, self.attention.output, self.feed_forward.gate_up, self.feed_forward.down
@@ -186,6 +212,29 @@ class Llama:
         """See :class:`penstock.executor.models.registry.Model`."""
         weights = [linear.weight for layer in self.layers for linear in layer.linears()]
         self.place.products.tune(rows, [*weights, *([self.head] if head else [])], limit_s=limit_s)
+
+    def few_rows(self) -> StepWeights | None:
+        """See :class:`penstock.executor.models.registry.Model`."""
+        layers = [layer.few_rows() for layer in self.layers]
+        config = self.config
+        if any(layer is None for layer in layers):
+            return None
+        return StepWeights(
+            LayerSizes(
+                config.hidden_size,
+                config.intermediate_size,
+                config.heads,
+                config.kv_heads,
+                config.head_dim,
+                config.vocab_size,
+            ),
+            self.embedding,
+            [layer for layer in layers if layer is not None],
+            Norm(self.norm.weight, self.norm.eps),
+            self.head,
+            self.rotary.table,
+            self.layers[0].attention.attend.scale,
+        )
 
     def destinations(self) -> dict[str, Tensor]:
         """For each tensor of a checkpoint the (part of a) parameter that it fills."""

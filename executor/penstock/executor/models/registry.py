@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from penstock.executor.layers.attention import AttentionStep, LayerCache
+from penstock.executor.layers.few_rows import StepWeights
 from penstock.executor.models.config import ModelConfig
 from penstock.executor.models.llama import Llama
 from penstock.executor.models.qwen3 import Qwen3
@@ -43,6 +44,13 @@ class Model(Protocol):
         """Once the parameters are set: let products take over the weights of the norms before them.
 
         Steps of a size for which it is faster then normalise behind the product instead of before it.
+        """
+        ...
+
+    def few_rows(self) -> StepWeights | None:
+        """Its parameters for the kernels that compute whole steps of few rows; None: these do not take it.
+
+        To be called when the parameters are set and the norms absorbed, if they are to be.
         """
         ...
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from penstock.executor.worker.device.program import Program
 from penstock.executor.worker.device.sizes import graph_size, graph_sizes
@@ -37,6 +38,7 @@ class DecodeGraphs:
         self._program = program
         self._forward: dict[tuple[int, DecodeShape], torch.cuda.CUDAGraph] = {}
         self._tail: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._few: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._pool: torch.cuda._POOL_HANDLE | None = None
         self._stream: torch.cuda.Stream | None = None
 
@@ -56,10 +58,13 @@ class DecodeGraphs:
             for filtered in (False, True):
                 choose = partial(self._program.choose, size, filtered=filtered)
                 self._tail[size, filtered] = self._captured(choose)
+        self._capture_few(sizes)
         on_size(len(sizes), len(sizes))
         torch.cuda.synchronize(device)
         taken = free - torch.cuda.mem_get_info(device)[0]
-        return CaptureReport(len(self._forward) + len(self._tail), time.perf_counter() - started, taken)
+        return CaptureReport(
+            len(self._forward) + len(self._tail) + len(self._few), time.perf_counter() - started, taken
+        )
 
     def decode(self, rows: int, *, spread: Spread) -> None:
         """The logits of the decode batch of ``rows`` rows; see :meth:`Program.decode`.
@@ -86,6 +91,32 @@ class DecodeGraphs:
             self._program.choose(size, filtered=filtered)
         else:
             self._tail[size, filtered].replay()
+
+    def takes_few(self, rows: int) -> bool:
+        """Whether :meth:`few` computes a decode batch of ``rows`` rows."""
+        few = self._program.few_rows
+        return few is not None and few.takes(self._size_of(rows))
+
+    def few(self, rows: int, *, longest: int) -> Tensor:
+        """A whole step of few rows, unfiltered, of contexts up to ``longest`` tokens; returns where its tokens will be.
+
+        int32 [2, ≥ rows], tokens and statuses: see :meth:`FewRowsStep.kept`.
+        """
+        few, size = self._program.few_rows, self._size_of(rows)
+        assert few is not None
+        context = few.context(longest)
+        if self._stream is None:
+            few.run(size, context)
+        else:
+            self._few[size, context].replay()
+        return few.kept(few.place())
+
+    def _capture_few(self, sizes: list[int]) -> None:
+        few = self._program.few_rows
+        for size, context in [] if few is None else few.shapes:
+            if few is not None and size in sizes:
+                self._few[size, context] = self._captured(partial(few.run, size, context))
+                few.place()  # what was run before it was captured
 
     def _size_of(self, rows: int) -> int:
         return graph_size(rows, self._program.layout.slots)

@@ -12,6 +12,7 @@ from torch import Tensor
 from penstock.executor.layers.attention import LayerCache
 from penstock.executor.models.registry import Model
 from penstock.executor.worker.device.attention import ChunkRows, DeviceStep
+from penstock.executor.worker.device.few_rows import FewRowsStep
 from penstock.executor.worker.slots import Capacity
 from penstock.kernels.attention.decode_shapes import DecodeShape, Spread, decode_shape
 from penstock.kernels.batch.gather import StepRows, fill_rows, gather_rows
@@ -41,9 +42,19 @@ class Program:
     """A model, its pages and the state of its slots."""
 
     def __init__(
-        self, model: Model, pages: Sequence[LayerCache], capacity: Capacity, max_step_tokens: int, device: torch.device
+        self,
+        model: Model,
+        pages: Sequence[LayerCache],
+        capacity: Capacity,
+        max_step_tokens: int,
+        device: torch.device,
+        *,
+        few_rows: bool = False,
     ) -> None:
-        """``pages``: one cache a layer, of ``capacity.num_blocks`` blocks and one more, the scratch block."""
+        """``pages``: one cache a layer, of ``capacity.num_blocks`` blocks and one more, the scratch block.
+
+        ``few_rows``: decode steps of one to four rows are computed by kernels of their own, if these take the model.
+        """
         self._model, self._pages = model, pages
         self.row_size = model.hidden_size
         """Elements of a row between the layers."""
@@ -56,6 +67,8 @@ class Program:
         self.rows = StepRows.allocate(self.max_rows, device)
         self.output = TailOutput.allocate(rows, capacity.vocab_size, device)
         self.logits = torch.empty(rows, capacity.vocab_size, dtype=pages[0].keys.dtype, device=device)
+        weights = model.few_rows() if few_rows else None
+        self.few_rows = None if weights is None else FewRowsStep(weights, pages, self.state, self.logits, rows)
 
     def apply(self, words: Tensor) -> None:
         """Change the state: int32 [2 n] of (offset, word) pairs."""

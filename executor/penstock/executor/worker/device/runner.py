@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -133,7 +133,11 @@ class DeviceRunner:
         if not rows:
             return []
         steps = []
+        few = self._graphs.takes_few(rows) and not step.filtered
         for _ in range(repeat):
+            if few:
+                steps.append(self._download(self._graphs.few(rows, longest=step.longest), rows))
+                continue
             self._graphs.decode(rows, spread=step.spread)
             self._timeline.settle(self._downloaded)
             self._graphs.choose(rows, filtered=step.filtered)
@@ -158,18 +162,24 @@ class DeviceRunner:
         return [self._fetch(samples)]
 
     def _fetch(self, samples: int) -> Sampled:
-        """Start to bring the tokens of the step to the host."""
+        """Start to bring the tokens of the step to the host; they must be there before the next ones are chosen."""
+        output = self._program.output
+        sampled = self._download((output.tokens, output.status), samples)
+        self._downloaded = sampled.arrived
+        return sampled
+
+    def _download(self, made: Iterable[Tensor], samples: int) -> Sampled:
+        """``made``: tokens and statuses, int32 [≥ samples]."""
         try:
             memory = self._memory.get_nowait()
         except queue.Empty:
             memory = self._timeline.memory(2 * self._capacity.max_sequences)
-        output = self._program.output
+        tokens, status = made
         pairs = [
-            (memory[:samples], output.tokens[:samples]),
-            (memory[self._capacity.max_sequences :][:samples], output.status[:samples]),
+            (memory[:samples], tokens[:samples]),
+            (memory[self._capacity.max_sequences :][:samples], status[:samples]),
         ]
-        self._downloaded = self._timeline.download(pairs)
-        return Sampled(memory, self._downloaded)
+        return Sampled(memory, self._timeline.download(pairs))
 
     # ---- collect ----
 
@@ -222,10 +232,14 @@ class DeviceRunner:
         the same steps. The pages of its sequences must have room for these steps. Nothing may be in flight.
         """
         before = self._program.state.arena.clone()
+        longest = int(self._program.state.computed.max()) + steps
         marks = [self._timeline.mark()]
         for _ in range(steps):
-            self._graphs.decode(rows, spread=Spread.EVEN)
-            self._graphs.choose(rows, filtered=False)
+            if self._graphs.takes_few(rows):
+                self._graphs.few(rows, longest=longest)
+            else:
+                self._graphs.decode(rows, spread=Spread.EVEN)
+                self._graphs.choose(rows, filtered=False)
             marks.append(self._timeline.mark())
         self._program.state.arena.copy_(before)
         marks[-1].wait()

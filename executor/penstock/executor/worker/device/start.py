@@ -85,7 +85,9 @@ def start_on_device(spec: ModelSpec, device: torch.device, progress: Progress) -
     with report.stage("pages", device):
         pages = allocate_pages(shape, blocks + 1, device)
     report.bytes["pages"] = (blocks + 1) * shape.block_bytes
-    program = Program(loaded.model, pages, capacity, spec.max_step_tokens, device)
+    # The reference mode, float32, computes every step by the same kernels.
+    few = device.type == "cuda" and loaded.dtype == torch.bfloat16
+    program = Program(loaded.model, pages, capacity, spec.max_step_tokens, device, few_rows=few)
     graphs = DecodeGraphs(program)
     with torch.inference_mode():
         if device.type == "cuda":

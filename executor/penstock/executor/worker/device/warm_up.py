@@ -39,6 +39,11 @@ def warm_up(program: Program, max_step_tokens: int, longest: int) -> None:
         program.decode(rows, spread=spread)
         for filtered in (False, True):
             program.choose(rows, filtered=filtered)
+    few = program.few_rows
+    for rows, context in [] if few is None else few.shapes:
+        if few is not None and rows in graph_sizes(program.layout.slots):
+            few.run(rows, context)
+            few.place()
 
 
 def run_full_step(program: Program, max_step_tokens: int, longest: int) -> None:
