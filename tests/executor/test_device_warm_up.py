@@ -30,6 +30,7 @@ from penstock.kernels.attention.decode_shapes import Spread
 SMALL = {"hidden_size": 1024, "intermediate_size": 3072, "heads": 16, "kv_heads": 8, "architecture": "Qwen3ForCausalLM"}
 LARGE = {"hidden_size": 4096, "intermediate_size": 8192, "heads": 32, "kv_heads": 8}
 ODD = {"hidden_size": 2560, "intermediate_size": 6912, "heads": 20, "kv_heads": 4, "head_dim": 80}
+BIASED = {"hidden_size": 896, "intermediate_size": 4864, "heads": 14, "kv_heads": 2, "head_dim": 64, "qkv_bias": True}
 FEW_HEADS = {"hidden_size": 1536, "intermediate_size": 4096, "heads": 12, "kv_heads": 2}
 
 
@@ -91,8 +92,8 @@ def program_of(slots: int, step_tokens: int, **shape: Any) -> Program:
     """Of three layers; its parameters are whatever the memory held."""
     fixed: dict[str, Any] = {
         "architecture": "LlamaForCausalLM", "vocab_size": 640, "layers": 3, "head_dim": 128, "max_positions": 4096,
-        "norm_eps": 1e-5, "rope": RopeConfig(), "tied_head": True, "attention_bias": False, "mlp_bias": False,
-        "eos_ids": (), "dtype": "bfloat16",
+        "window": None, "norm_eps": 1e-5, "rope": RopeConfig(), "tied_head": True, "qkv_bias": False,
+        "output_bias": False, "mlp_bias": False, "eos_ids": (), "dtype": "bfloat16",
     }  # fmt: skip
     config = ModelConfig(**fixed | shape)
     device = torch.device("cpu")
@@ -153,6 +154,7 @@ def run_mixed(program: Program, step_tokens: int) -> None:
         pytest.param(ODD, 256, 1024, 200, id="odd, short sequences"),
         pytest.param(LARGE, 4, 1024, 4096, id="large, few slots"),
         pytest.param(FEW_HEADS, 64, 1024, 4096, id="few heads"),
+        pytest.param(BIASED, 64, 1024, 4096, id="biases"),
     ],
 )
 @torch.inference_mode()

@@ -278,6 +278,21 @@ def test_a_start_that_fails_says_why_in_one_line(changes: dict[str, object], lin
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("resident", [False, True], ids=["host", "resident"])
+def test_a_model_with_a_window_is_served_up_to_it(resident: bool, tmp_path: Path) -> None:
+    shape = TinyLlama(model_type="mistral", sliding_window=40, eos_token_id=None)
+    model = replace_spec(spec(build_tiny_llama(tmp_path, shape=shape)), resident=resident)
+    with started(model) as (executor, info):
+        assert info.max_model_tokens == 40
+        result = ByHand(executor)(admissions=(admission(0, [5] * 39), admission(1, [5] * 41)))
+        assert [failure.slot for failure in result.failed] == [1]
+        assert "do not fit 40 tokens" in result.failed[0].reason
+    with pytest.raises(ExecutorError, match="max_model_tokens 41 is not within the model's 40, its sliding window"):
+        UniprocExecutor().start(replace_spec(model, max_model_tokens=41), no_progress)
+    with started(replace_spec(model, max_model_tokens=30)) as (_, info):
+        assert info.max_model_tokens == 30
+
+
 def test_importing_it_loads_no_torch() -> None:
     code = "import sys, penstock.executor.uniproc; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

@@ -42,8 +42,15 @@ class Linear:
         """[rows, inputs] → [rows, all outputs]; no adapter takes part."""
         return self._products(x, self.base, self.bias)
 
+    def product(self, x: Tensor) -> Tensor:
+        """The same without the bias: for whoever adds it in passing."""
+        return self._products(x, self._base)
+
     def absorb(self, norm: RMSNorm) -> None:
-        """Take over the weight of the norm of this map's input; what is left of the norm is a factor for each row."""
+        """Take over the weight of the norm of this map's input; what is left of the norm is a factor for each row.
+
+        It is a factor of the product, not of the bias.
+        """
         self.weight.mul_(norm.weight)
         norm.weight.fill_(1)
 

@@ -1,5 +1,8 @@
 """The Llama family (Touvron et al. 2023; Grattafiori et al. 2024): every model that is shaped like it.
 
+Mistral (Jiang et al. 2023) and Qwen2 (Yang et al. 2024) are, but for what :class:`ModelConfig` says: a window of
+attention, biases of queries, keys and values.
+
 x  = embed(ids)
 x += output(attention(rotate(q, k), v))     of  norm(x)       in every layer
 x += down(silu(gate) · up)                  of  norm(x)
@@ -45,22 +48,22 @@ class SelfAttention:
         """Parameters are left unset. Llama has no norms of heads; see :class:`PagedAttention` for families that do."""
         queries, shared = config.heads * config.head_dim, config.kv_heads * config.head_dim
         parts = {"q_proj": queries, "k_proj": shared, "v_proj": shared}
-        self.qkv = Linear(config.hidden_size, parts, place, bias=config.attention_bias)
+        self.qkv = Linear(config.hidden_size, parts, place, bias=config.qkv_bias)
         self.attend = PagedAttention(
-            config.heads, config.kv_heads, config.head_dim, rotary, q_norm=q_norm, k_norm=k_norm
+            config.heads, config.kv_heads, config.head_dim, rotary, bias=self.qkv.bias, q_norm=q_norm, k_norm=k_norm
         )
-        self.output = Linear(queries, {"o_proj": config.hidden_size}, place, bias=config.attention_bias)
+        self.output = Linear(queries, {"o_proj": config.hidden_size}, place, bias=config.output_bias)
 
     def __call__(self, x: Tensor, step: AttentionStep, cache: LayerCache, chosen: Tensor | None) -> Tensor:
         """[rows, hidden] → [rows, hidden]; of the ``chosen`` rows only unless that is None."""
-        attended = self.attend(self.qkv(x), step, cache)
+        attended = self.attend(self.qkv.product(x), step, cache)
         return self.output.in_parts(attended if chosen is None else attended.index_select(0, chosen))
 
     def onto(
         self, stream: Tensor, norm: RMSNorm, step: AttentionStep, cache: LayerCache, chosen: Tensor | None
     ) -> Tensor:
         """The same of the normalised ``stream``, the norm's weight absorbed, and added to it."""
-        attended = self.attend(self.qkv(stream), step, cache, norm.late(stream))
+        attended = self.attend(self.qkv.product(stream), step, cache, norm.late(stream))
         if chosen is not None:
             attended, stream = attended.index_select(0, chosen), stream.index_select(0, chosen)
         return self.output.onto(attended, stream)
@@ -108,8 +111,12 @@ class Layer:
         self.absorbed = False
 
     def absorb_norms(self) -> None:
-        """Make the norms' weights part of the products behind them, unless these have biases."""
-        if self.attention.qkv.bias is None and self.feed_forward.gate_up.bias is None:
+        """Make the norms' weights part of the products behind them, unless biases are in the way.
+
+        That of queries, keys and values is not: attention adds it behind the norm's factor. The others would be scaled
+        by it, or are of products that add to the stream.
+        """
+        if all(linear.bias is None for linear in self.linears()[1:]):
             self.attention.qkv.absorb(self.attention_norm)
             self.feed_forward.gate_up.absorb(self.feed_forward_norm)
             self.absorbed = True

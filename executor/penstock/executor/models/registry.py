@@ -73,8 +73,11 @@ class Model(Protocol):
 
 FAMILIES: Final[dict[str, Callable[[ModelConfig, torch.dtype, torch.device], Model]]] = {
     "LlamaForCausalLM": Llama,
+    "MistralForCausalLM": Llama,
+    "Qwen2ForCausalLM": Llama,
     "Qwen3ForCausalLM": Qwen3,
 }
+"""By the name in ``architectures``; what tells Mistral and Qwen2 from Llama is in the configuration alone."""
 
 
 def build_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Model:

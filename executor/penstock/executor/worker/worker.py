@@ -52,7 +52,7 @@ class Worker:
         on_bytes = functools.partial(progress, "weights")
         loaded = load_model(Path(spec.path), spec.dtype, on_bytes, device=device, load_format=spec.load_format)
         shape = PageShape.of(loaded.config, spec.block_tokens, loaded.dtype)
-        longest = longest_sequence(spec, loaded.config.max_positions)
+        longest = longest_sequence(spec, loaded.config)
         blocks = count_blocks(spec, shape, longest)
         # A sequence longer than the pool could never end.
         longest = min(longest, blocks * spec.block_tokens)

@@ -58,6 +58,7 @@ class DeviceStep:
             attention.heads,
             attention.kv_heads,
             late,
+            attention.bias,
         )
         return self._attend(query, attention.scale, cache).flatten(1)
 

@@ -76,7 +76,7 @@ def start_on_device(spec: ModelSpec, device: torch.device, progress: Progress) -
         with report.stage("products", device):
             loaded.model.tune([spec.max_step_tokens], TUNE_SECONDS, head=False)
             torch.cuda.empty_cache()
-    longest = longest_sequence(spec, loaded.config.max_positions)
+    longest = longest_sequence(spec, loaded.config)
     shape = PageShape.of(loaded.config, spec.block_tokens, loaded.dtype)
     with report.stage("profile", device):
         blocks = _count_blocks(spec, loaded, shape, longest, device, report)
