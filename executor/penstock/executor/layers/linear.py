@@ -44,7 +44,7 @@ class Linear:
 
     def product(self, x: Tensor) -> Tensor:
         """The same without the bias: for whoever adds it in passing."""
-        return self._products(x, self._base)
+        return self._products(x, self.base)
 
     def absorb(self, norm: RMSNorm) -> None:
         """Take over the weight of the norm of this map's input; what is left of the norm is a factor for each row.
