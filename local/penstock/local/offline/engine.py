@@ -80,7 +80,10 @@ class _Sample:
 
 
 class LLMEngine:
-    """Requests in, steps, outputs out. Not thread-safe; close it, or use it in a ``with``."""
+    """Requests in, steps, outputs out. Close it, or use it in a ``with``.
+
+    One thread drives it; ``encode`` and ``interrupt`` may be called from any.
+    """
 
     def __init__(
         self,
@@ -141,6 +144,7 @@ class LLMEngine:
         """The handles of each request that has not ended."""
         self._handles = 0
         self._restarts = 0
+        self._interrupted = False
         self._step_ns = 0
         """Device time of the last step."""
 
@@ -154,17 +158,18 @@ class LLMEngine:
         Raises ValueError for an id that is taken, for text where there is no tokenizer, and for a prompt that does not
         fit.
         """
-        params = params or SamplingParams()
+        text = prompt if isinstance(prompt, str) else None
+        return self.add_encoded(request_id, text, self.encode(prompt), params or SamplingParams())
+
+    def add_encoded(
+        self, request_id: str, prompt: str | None, ids: "array[int]", params: SamplingParams
+    ) -> RequestOutput:
+        """As add_request, with what ``encode`` made of the prompt; ``prompt``: its text, if it was one."""
         if request_id in self._requests:
             raise ValueError(f"request {request_id!r} is there already")
-        ids = self._encode(prompt)
         texts = [self._text(ids, params) for _ in range(params.n)]
-        request = RequestOutput(
-            request_id,
-            prompt if isinstance(prompt, str) else None,
-            ids.tolist(),
-            [CompletionOutput(index) for index in range(params.n)],
-        )
+        outputs = [CompletionOutput(index) for index in range(params.n)]
+        request = RequestOutput(request_id, prompt, ids.tolist(), outputs)
         first = self._handles + 1
         handles = list(range(first, first + params.n))
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
@@ -186,7 +191,8 @@ class LLMEngine:
             self._samples[handle] = _Sample(request, output, text, bool(params.stop))
         return request
 
-    def _encode(self, prompt: str | Sequence[int]) -> "array[int]":
+    def encode(self, prompt: str | Sequence[int]) -> "array[int]":
+        """The token ids of a prompt, as ``array("I")``. Raises ValueError if they do not fit; any thread may call."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("the model has no tokenizer: give the prompt as token ids")
@@ -266,6 +272,8 @@ class LLMEngine:
         while True:
             if time.monotonic() > give_up:
                 raise ExecutorError(f"no result within {_STEP_S:.0f} s")
+            if self._interrupted:
+                raise ExecutorError("the step was interrupted")
             select.select([self._executor.fileno()], [], [], _LOOK_S)
             results = self._executor.results()
             if results:
@@ -316,6 +324,13 @@ class LLMEngine:
                 return
 
     # ---- end ----
+
+    def interrupt(self) -> None:
+        """Let a step that waits for a result raise ExecutorError within a second. Any thread may call it.
+
+        After that the engine is good for nothing but ``close``.
+        """
+        self._interrupted = True
 
     def close(self) -> None:
         """End the executor. Idempotent."""
