@@ -125,9 +125,9 @@ def few_rows_attention_kernel(
         best, mass, acc = _attended(query, key, value, seen, best, mass, acc, scale, PRECISION)
     if split == 0:
         own = of_row + (HEADS + head) * HEAD_DIM
-        first = tl.load(own + dim).to(tl.float32)[None, :]
-        second = tl.load(own + partner).to(tl.float32)[None, :]
-        new_key = _rotated(first, second, k_low, k_high, cos, sin, eps, NORM, HEAD_DIM, element)
+        own_first = tl.load(own + dim).to(tl.float32)[None, :]
+        own_second = tl.load(own + partner).to(tl.float32)[None, :]
+        new_key = _rotated(own_first, own_second, k_low, k_high, cos, sin, eps, NORM, HEAD_DIM, element)
         new_value = tl.load(own + KV_HEADS * HEAD_DIM + dim)
         target = ((new_page * BLOCK + length % BLOCK) * KV_HEADS + head) * HEAD_DIM
         tl.store(keys + target + dim[None, :], new_key)
@@ -135,9 +135,9 @@ def few_rows_attention_kernel(
         score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32), 1) * scale
         highest = tl.maximum(best, score)
         shrink = tl.exp2(best - highest)
-        weight = tl.exp2(score - highest)
-        mass = mass * shrink + weight
-        acc = acc * shrink[:, None] + weight[:, None] * new_value.to(tl.float32)[None, :]
+        own_weight = tl.exp2(score - highest)
+        mass = mass * shrink + own_weight
+        acc = acc * shrink[:, None] + own_weight[:, None] * new_value.to(tl.float32)[None, :]
         best = highest
 
     heads = row * HEADS + head * GROUP + packed

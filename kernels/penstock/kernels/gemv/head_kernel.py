@@ -11,7 +11,7 @@ from torch import Tensor
 from penstock.kernels.batch.state import MAX_STOP_IDS, BatchState
 from penstock.kernels.gemv.head import KEPT, FewTokens
 from penstock.kernels.gemv.product import Norm
-from penstock.kernels.gemv.product_kernel import products_of
+from penstock.kernels.gemv.product_kernel import products_of, squares_of
 from penstock.kernels.gemv.shapes import GemvShape, vector
 from penstock.kernels.overlap import launch_options, overlaps
 from penstock.kernels.overlap_kernel import release_next, wait_for_previous
@@ -60,7 +60,7 @@ def head_kernel(
     squares = ()
     for row in tl.static_range(ROWS):
         sums = sums + (tl.zeros([OUTPUT_TILE, INPUT_TILE // VECTOR], tl.float32),)
-        squares = squares + (tl.zeros([INPUT_TILE], tl.float32),)
+        squares = squares + (tl.zeros([INPUT_TILE // VECTOR], tl.float32),)
     for tile in tl.static_range(TILES):
         if tile < AHEAD:
             weights = ahead[tile].to(tl.float32)
@@ -72,7 +72,7 @@ def head_kernel(
         new_squares = ()
         for row in tl.static_range(ROWS):
             value = tl.load(stream + row * INPUTS + tile * INPUT_TILE + place).to(tl.float32)
-            new_squares = new_squares + (squares[row] + value * value,)
+            new_squares = new_squares + (squares[row] + squares_of(value, INPUT_TILE, VECTOR),)
             if SCALED:
                 value = value * factor
             new_sums = new_sums + (products_of(weights, value, sums[row], OUTPUT_TILE, INPUT_TILE, VECTOR),)

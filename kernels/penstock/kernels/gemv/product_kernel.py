@@ -43,6 +43,12 @@ def products_of(weights, x, sums, OUTPUT_TILE: tl.constexpr, INPUT_TILE: tl.cons
 
 
 @triton.jit
+def squares_of(x, INPUT_TILE: tl.constexpr, VECTOR: tl.constexpr):
+    """Sums of squares of ``x`` [INPUT_TILE], [INPUT_TILE / VECTOR]."""
+    return tl.sum(tl.reshape(x * x, [INPUT_TILE // VECTOR, VECTOR]), 1)
+
+
+@triton.jit
 def gemv_kernel(
     x, lse, weight, norm_weight, bias, out, eps,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
@@ -77,7 +83,7 @@ def gemv_kernel(
     for row in tl.static_range(ROWS):
         sums = sums + (tl.zeros([OUTPUT_TILE, SUMS], tl.float32),)
         sums_up = sums_up + (tl.zeros([OUTPUT_TILE, SUMS], tl.float32),)
-        squares = squares + (tl.zeros([INPUT_TILE], tl.float32),)
+        squares = squares + (tl.zeros([INPUT_TILE // VECTOR], tl.float32),)
         if ADD:
             before = before + (tl.load(out + row * OUTPUTS + output).to(tl.float32),)
     for tile in tl.static_range(TILES):
@@ -102,7 +108,7 @@ def gemv_kernel(
             else:
                 value = tl.load(x + row * INPUTS + column).to(tl.float32)
             if NORM:
-                new_squares = new_squares + (squares[row] + value * value,)
+                new_squares = new_squares + (squares[row] + squares_of(value, INPUT_TILE, VECTOR),)
             else:
                 new_squares = new_squares + (squares[row],)
             if SCALED:
