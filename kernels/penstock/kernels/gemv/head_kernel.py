@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, var-annotated"
-# ruff: noqa: RUF005, B007  Triton adds tuples and knows no unpacking
+# ruff: noqa: RUF005, B007, SIM108  Triton adds tuples, knows no unpacking, and wants what is constant in an if
 """The kernels of :mod:`penstock.kernels.gemv.head`."""
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from penstock.executor.step import SlotFailure, StepPlan, StepResult
 from penstock.executor.worker.device.attention import ChunkRows
 from penstock.executor.worker.device.graphs import DecodeGraphs
 from penstock.executor.worker.device.mirror import Chunk, Ints, Mirror, Step
+from penstock.executor.worker.device.prefill_graphs import PrefillGraphs
 from penstock.executor.worker.device.program import MixedStep, Program
 from penstock.executor.worker.device.sizes import graph_size, step_size
 from penstock.executor.worker.device.timeline import CudaTimeline, HostTimeline, Mark
@@ -65,10 +66,16 @@ class DeviceRunner:
     """See :class:`penstock.executor.worker.runner.Runner`. launch and collect are called by one thread each."""
 
     def __init__(
-        self, program: Program, graphs: DecodeGraphs, capacity: Capacity, max_step_tokens: int, device: torch.device
+        self,
+        program: Program,
+        graphs: DecodeGraphs,
+        prefills: PrefillGraphs,
+        capacity: Capacity,
+        max_step_tokens: int,
+        device: torch.device,
     ) -> None:
-        """``program`` computes on ``device``; ``graphs`` are its decode steps."""
-        self._program, self._graphs = program, graphs
+        """``program`` computes on ``device``; ``graphs`` are its decode steps, ``prefills`` its short prompts."""
+        self._program, self._graphs, self._prefills = program, graphs, prefills
         self._capacity, self._device = capacity, device
         self._timeline = CudaTimeline(device) if device.type == "cuda" else HostTimeline()
         self._upload = Upload(self._timeline, device, 16 * (max_step_tokens + capacity.max_sequences) + 4096)
@@ -144,7 +151,23 @@ class DeviceRunner:
             steps.append(self._fetch(rows))
         return steps
 
+    def _launch_prefill(self, step: Step, size: int) -> list[Sampled]:
+        """A step of known ids alone, by a graph of ``size`` rows."""
+        changes, packed = self._upload.send(
+            [self._mirror.changes.take().reshape(-1), self._prefills.pack(step.chunks, size)]
+        )
+        self._program.apply(changes)
+        self._prefills.compute(size, packed)
+        if not len(step.samples):
+            return []
+        self._timeline.settle(self._downloaded)
+        self._prefills.choose(filtered=step.filtered)
+        return [self._fetch(len(step.samples))]
+
     def _launch_mixed(self, step: Step) -> list[Sampled]:
+        size = self._prefills.size_of(step)
+        if size is not None:
+            return self._launch_prefill(step, size)
         words, *sections = self._upload.send(
             [self._mirror.changes.take().reshape(-1), *_chunk_sections(step, self._program)]
         )

@@ -14,8 +14,10 @@ import torch
 from penstock.executor.executor import Progress
 from penstock.executor.layers.attention import LayerCache
 from penstock.executor.step import ModelSpec
+from penstock.executor.worker.device.capture import Recorder
 from penstock.executor.worker.device.graphs import DecodeGraphs
 from penstock.executor.worker.device.memory import GRAPH_BYTES, Budget, count_device_blocks
+from penstock.executor.worker.device.prefill_graphs import PrefillGraphs
 from penstock.executor.worker.device.program import Program
 from penstock.executor.worker.device.runner import DeviceRunner
 from penstock.executor.worker.device.sizes import graph_sizes
@@ -88,7 +90,7 @@ def start_on_device(spec: ModelSpec, device: torch.device, progress: Progress) -
     # The reference mode, float32, computes every step by the same kernels.
     few = device.type == "cuda" and loaded.dtype == torch.bfloat16
     program = Program(loaded.model, pages, capacity, spec.max_step_tokens, device, few_rows=few)
-    graphs = DecodeGraphs(program)
+    graphs, prefills = DecodeGraphs(program), PrefillGraphs(program)
     with torch.inference_mode():
         if device.type == "cuda":
             with report.stage("warm_up", device):
@@ -99,9 +101,34 @@ def start_on_device(spec: ModelSpec, device: torch.device, progress: Progress) -
                     [rows for rows in graph_sizes(spec.max_sequences) if rows >= TUNED_ROWS], TUNE_SECONDS
                 )
             with report.stage("graphs", device):
-                captured = graphs.capture(device, functools.partial(progress, "graphs"))
-            report.bytes["graphs"] = captured.bytes
-    return Started(DeviceRunner(program, graphs, capacity, spec.max_step_tokens, device), loaded, capacity, report)
+                report.bytes["graphs"] = _capture(graphs, prefills, spec, device, progress)
+    return Started(
+        DeviceRunner(program, graphs, prefills, capacity, spec.max_step_tokens, device), loaded, capacity, report
+    )
+
+
+def _capture(
+    graphs: DecodeGraphs, prefills: PrefillGraphs, spec: ModelSpec, device: torch.device, progress: Progress
+) -> int:
+    """Capture all graphs; the bytes that they took."""
+    free, recorder, sizes, done = torch.cuda.mem_get_info(device)[0], Recorder(device), _graphs(spec), 0
+
+    def on_size() -> None:
+        nonlocal done
+        done += 1
+        progress("graphs", done, sizes)
+
+    progress("graphs", 0, sizes)
+    prefills.capture(recorder, on_size)
+    graphs.capture(recorder, on_size)
+    torch.cuda.synchronize(device)
+    return free - torch.cuda.mem_get_info(device)[0]
+
+
+def _graphs(spec: ModelSpec) -> int:
+    """Sizes of steps that are captured."""
+    prefills = PrefillGraphs.sizes(spec.max_sequences + spec.max_step_tokens, spec.max_sequences)
+    return len(graph_sizes(spec.max_sequences)) + len(prefills)
 
 
 def _count_blocks(
@@ -112,7 +139,7 @@ def _count_blocks(
         return count_device_blocks(spec, shape, longest, room)
     report.bytes["step"] = step = _profile(spec, loaded, shape, longest, device)
     free, total = torch.cuda.mem_get_info(device)
-    graphs = GRAPH_BYTES * len(graph_sizes(spec.max_sequences)) if spec.cuda_graphs else 0
+    graphs = GRAPH_BYTES * _graphs(spec) if spec.cuda_graphs else 0
     return count_device_blocks(
         spec, shape, longest, Budget(total, total - free, step, graphs, spec.gpu_memory_utilization)
     )
