@@ -13,6 +13,7 @@ import torch
 from penstock.executor.executor import ExecutorError, Progress
 from penstock.executor.models.errors import CheckpointError, one_line
 from penstock.executor.step import ModelInfo, ModelSpec
+from penstock.executor.worker.device.prefill import check_backend
 from penstock.executor.worker.kv_cache import PageShape, allocate_pages, count_blocks, longest_sequence
 from penstock.executor.worker.model_runner import LoadedModel, ModelRunner, load_model
 from penstock.executor.worker.runner import Runner
@@ -35,6 +36,7 @@ class Worker:
         try:
             _check(spec)
             device = choose_device(spec.device)
+            check_backend(spec.attention_backend, device)
             torch.set_num_threads(_threads(spec))
             resident = device.type == "cuda" if spec.resident is None else spec.resident
             return cls._resident(spec, device, progress) if resident else cls._on_host(spec, device, progress)
@@ -71,6 +73,7 @@ class Worker:
         info = msgspec.structs.replace(
             _describe(spec, started.loaded, started.capacity),
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            attention_backends=started.attention,
             max_repeat=MAX_REPEAT,
             startup_ms=started.report.milliseconds,
             memory_bytes=started.report.bytes,

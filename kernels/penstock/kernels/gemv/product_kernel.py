@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, var-annotated"
-# ruff: noqa: RUF005, B007, SIM108  Triton adds tuples, knows no unpacking, and wants what is constant in an if
+# ruff: noqa: RUF005, SIM108  Triton adds tuples, knows no unpacking, and wants what is constant in an if
 """The kernel of :mod:`penstock.kernels.gemv.product`.
 
 A program takes some outputs and goes over all inputs. Each thread multiplies the elements that one of its loads brings

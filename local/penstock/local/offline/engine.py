@@ -100,6 +100,7 @@ class LLMEngine:
         num_blocks: int | None = None,
         kv_cache_bytes: int | None = None,
         gpu_memory_utilization: float = 0.9,
+        attention_backend: str = "auto",
         cuda_graphs: bool = True,
         threads: int | None = None,
         seed: int = 0,
@@ -108,7 +109,8 @@ class LLMEngine:
         """Load the model of a local folder.
 
         ``executor``: "uniproc" (the model in this process), "multiprocess" (in one of its own), "simulated", or "auto":
-        multiprocess if there is a GPU. None: 64 sequences and steps of 512 tokens on a CPU, 256 and 16,384 on a GPU.
+        multiprocess if there is a GPU. ``attention_backend``: what attends prompts on a GPU, "triton", "flash_attn" or
+        "auto". None: 64 sequences and steps of 512 tokens on a CPU, 256 and 16,384 on a GPU.
         ``seed``: of the seeds that requests do not bring. Raises ExecutorError with one line if it cannot be loaded.
         """
         gpu = device != "cpu" and executor != "simulated" and has_gpu()
@@ -124,6 +126,7 @@ class LLMEngine:
             num_blocks=num_blocks,
             kv_cache_bytes=kv_cache_bytes,
             gpu_memory_utilization=gpu_memory_utilization,
+            attention_backend=attention_backend,
             cuda_graphs=cuda_graphs,
             plans_in_flight=2,
             threads=threads,

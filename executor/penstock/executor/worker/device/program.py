@@ -13,6 +13,7 @@ from penstock.executor.layers.attention import LayerCache
 from penstock.executor.models.registry import Model
 from penstock.executor.worker.device.attention import ChunkRows, DeviceStep
 from penstock.executor.worker.device.few_rows import FewRowsStep
+from penstock.executor.worker.device.prefill import Prefill
 from penstock.executor.worker.slots import Capacity
 from penstock.kernels.attention.decode_shapes import DecodeShape, Spread, decode_shape
 from penstock.kernels.batch.gather import StepRows, fill_rows, gather_rows
@@ -48,14 +49,17 @@ class Program:
         capacity: Capacity,
         max_step_tokens: int,
         device: torch.device,
+        prefill: Prefill | None = None,
         *,
         few_rows: bool = False,
     ) -> None:
         """``pages``: one cache a layer, of ``capacity.num_blocks`` blocks and one more, the scratch block.
 
-        ``few_rows``: decode steps of one to four rows are computed by kernels of their own, if these take the model.
+        ``prefill``: what attends chunks; None: our own kernel. ``few_rows``: decode steps of one to four rows are
+        computed by kernels of their own, if these take the model.
         """
         self._model, self._pages = model, pages
+        self._prefill = prefill or Prefill()
         self.row_size = model.hidden_size
         """Elements of a row between the layers."""
         self._block_tokens = capacity.block_tokens
@@ -102,7 +106,8 @@ class Program:
             gather_rows(self.state, decodes, self._block_tokens, self.rows)
         fill_rows(self.state, self.rows, decodes, step.ids, step.positions, step.slots, self._block_tokens)
         count = decodes + step.ids.numel()
-        attention = DeviceStep(self.state, self.rows, decodes, step.chunks, spread)
+        chunks = step.chunks.over(self.state.block_tables, self.rows.slot_mapping[decodes:count])
+        attention = DeviceStep(self.state, self.rows, decodes, self._prefill.bind(chunks, count - decodes), spread)
         samples = step.sample_slots.numel()
         with overlapped(self.row_size):
             hidden = self._model.forward(self.rows.ids[:count], attention, self._pages, step.chosen)
@@ -121,6 +126,10 @@ class Program:
         part = copy.copy(self)
         part._model, part._pages = self._model.last_layers(2), self._pages[-2:]
         return part
+
+    def meet_prefill(self) -> None:
+        """Launch whatever may attend chunks, once."""
+        self._prefill.meet(self._pages[-1], self.state.block_tables, self.layout.slots)
 
     def forget(self) -> None:
         """No slot is live."""

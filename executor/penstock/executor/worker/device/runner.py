@@ -174,9 +174,9 @@ class DeviceRunner:
         self._program.apply(words)
         ids, positions, slots, chunk_slots, query_start, contexts, chosen, sample_slots = sections
         longest = max(chunk.ids.size for chunk in step.chunks)
-        mixed = MixedStep(
-            ids, positions, slots, ChunkRows(chunk_slots, query_start, contexts, longest), chosen, sample_slots
-        )
+        cached = sum(chunk.start for chunk in step.chunks)
+        chunks = ChunkRows(chunk_slots, query_start, contexts, longest, cached)
+        mixed = MixedStep(ids, positions, slots, chunks, chosen, sample_slots)
         samples = self._program.mixed(len(step.decodes), mixed, spread=step.spread)
         if not samples:
             return []
