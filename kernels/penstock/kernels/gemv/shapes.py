@@ -98,13 +98,31 @@ class LayerSizes:
 CONTEXTS: Final = (1024, 8192, 1 << 30)
 """Steps are cut by their longest context: up to so many tokens alike."""
 _SPLITS: Final = (8, 32, 64)
-_STARTS: Final = {
-    "qkv": GemvShape(4, 1024, 4, 2),
-    "output": GemvShape(8, 1024, 4, 2),
-    "gate_up": GemvShape(4, 1024, 4, 2),
-    "down": GemvShape(4, 1024, 4, 3),
-    "head": GemvShape(16, 1024, 4, 1),
-}
+"""Of attention for each of them."""
+_STARTS: Final = (
+    {
+        "qkv": GemvShape(4, 1024, 4, 1),
+        "output": GemvShape(8, 1024, 4, 2),
+        "gate_up": GemvShape(4, 1024, 4, 2),
+        "down": GemvShape(4, 1024, 4, 4),
+        "head": GemvShape(16, 512, 4, 1),
+    },
+    {
+        "qkv": GemvShape(16, 512, 4, 2),
+        "output": GemvShape(8, 2048, 8, 1),
+        "gate_up": GemvShape(4, 1024, 4, 1),
+        "down": GemvShape(4, 1024, 4, 3),
+        "head": GemvShape(16, 512, 4, 1),
+    },
+    {
+        "qkv": GemvShape(2, 1024, 4, 1),
+        "output": GemvShape(2, 2048, 4, 1),
+        "gate_up": GemvShape(2, 1024, 4, 1),
+        "down": GemvShape(2, 1024, 4, 3),
+        "head": GemvShape(8, 512, 4, 1),
+    },
+)
+"""Where to look for a cut: the first is the default."""
 
 
 def context_class(longest: int) -> int:
@@ -119,10 +137,18 @@ def default_shape(sizes: LayerSizes, rows: int, context: int) -> StepShape | Non
     """
     if not 1 <= rows <= MOST_ROWS or not _takes(sizes):
         return None
-    products = {name: _fitting(_STARTS[name], *sizes.weight(name), rows, name == "head") for name in PRODUCTS}
-    splits = _SPLITS[context]
-    attention = SplitShape(splits, 32 if splits <= MOST_MERGED_BY_PRODUCT else 64, 2, 4, True)
-    return StepShape(attention=attention, **products)
+    return next(iter(starts(sizes, rows, context)))
+
+
+def starts(sizes: LayerSizes, rows: int, context: int) -> list[StepShape]:
+    """Cuts to begin a search from, the default first."""
+    found = []
+    for start in _STARTS:
+        products = {name: _fitting(start[name], *sizes.weight(name), rows, name == "head") for name in PRODUCTS}
+        for merged in (True, False) if _SPLITS[context] <= MOST_MERGED_BY_PRODUCT else (True,):
+            attention = SplitShape(_SPLITS[context], 32 if not merged else 64, 2, 4, merged)
+            found.append(StepShape(attention=attention, **products))
+    return found
 
 
 def _takes(sizes: LayerSizes) -> bool:

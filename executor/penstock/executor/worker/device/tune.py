@@ -23,7 +23,14 @@ from penstock.executor.worker.device.few_rows import FewRowsStep
 from penstock.kernels.batch.state import LIVE, ArenaLayout, BatchState
 from penstock.kernels.gemv.attention import FewRows, few_rows_attention_reference
 from penstock.kernels.gemv.product import gemv_reference
-from penstock.kernels.gemv.shapes import PRODUCTS, StepShape, alternatives, attention_alternatives, default_shape
+from penstock.kernels.gemv.shapes import (
+    PRODUCTS,
+    StepShape,
+    alternatives,
+    attention_alternatives,
+    default_shape,
+    starts,
+)
 from penstock.kernels.gemv.tuned import Entry
 
 TOKENS: Final = (256, 2048, 16_384)
@@ -153,12 +160,14 @@ class Tuner:
         self._deadline = time.monotonic() + limit_s
         self._reference = bench.reference()
         self._seen: set[StepShape] = set()
+        self.most_error = math.inf
+        """Of a candidate."""
         self.refused: list[tuple[StepShape, float]] = []
         """What was wrong, and its error."""
         self.tries = 0
 
     @torch.inference_mode()
-    def measure(self, shape: StepShape, *, most_ms: float = math.inf, most_error: float = math.inf) -> Tried | None:
+    def measure(self, shape: StepShape, most_ms: float = math.inf) -> Tried | None:
         """None: it cannot be launched, or is wrong."""
         self._seen.add(shape)
         self.tries += 1
@@ -167,7 +176,7 @@ class Tuner:
         except Exception as failure:  # noqa: BLE001  a cut that needs more than the device has fails in many ways
             self._told(f"cannot be launched: {type(failure).__name__}")
             return None
-        if not error <= most_error:
+        if not error <= self.most_error:
             self.refused.append((shape, error))
             return None
         return Tried(shape, self._bench.milliseconds(shape, most_ms), error)
@@ -178,14 +187,14 @@ class Tuner:
 
     def descend(self, start: Tried, *, attention_only: bool = False) -> Tried:
         """From ``start`` on, one thing at a time, until a whole round improves nothing."""
-        best, most_error = start, ERROR_FACTOR * start.error
+        best = start
         while True:
             before = best
             for part in ("attention", *(() if attention_only else PRODUCTS)):
                 for shape in self._around(best.shape, part):
                     if time.monotonic() > self._deadline:
                         return best
-                    tried = self.measure(shape, most_ms=best.ms, most_error=most_error)
+                    tried = self.measure(shape, best.ms)
                     if tried is not None and tried.ms < WORTH * best.ms:
                         best = tried
                         self._told(f"{best.ms:.4f} ms  {part} {getattr(best.shape, part)}")
@@ -200,13 +209,14 @@ class Tuner:
 
 @torch.inference_mode()
 def tune(
-    weights: StepWeights, rows: int, context: int, *, start: StepShape | None, limit_s: float, measured: str,
+    weights: StepWeights, rows: int, context: int, *, near: StepShape | None, limit_s: float, measured: str,
     told: Callable[[str], None],
 ) -> Entry | None:  # fmt: skip
     """The best cut found within ``limit_s`` seconds; None: these kernels do not take the model.
 
-    ``start``: from where to look, and then only how attention is cut; None: the default. ``measured``: see
-    :class:`penstock.kernels.gemv.tuned.Entry`. Raises RuntimeError if the default is wrong or cannot be launched.
+    ``near``: the best cut of a shorter context, of which all but attention is kept; None: everything is looked for.
+    ``measured``: see :class:`penstock.kernels.gemv.tuned.Entry`. Raises RuntimeError if the default is wrong or cannot
+    be launched.
     """
     default = default_shape(weights.sizes, rows, context)
     if default is None:
@@ -215,8 +225,13 @@ def tune(
     plain = tuner.measure(default)
     if plain is None or not math.isfinite(plain.error):
         raise RuntimeError(f"the default cut for {rows} rows of this model is wrong")
-    first = plain if start is None else tuner.measure(replace(start, attention=default.attention)) or plain
-    best = tuner.descend(min(plain, first, key=lambda tried: tried.ms), attention_only=start is not None)
+    tuner.most_error = ERROR_FACTOR * plain.error
+    others = starts(weights.sizes, rows, context) if near is None else [replace(near, attention=default.attention)]
+    found = [plain]
+    for shape in others:
+        tried = tuner.measure(shape)
+        found += [] if tried is None else [tried]
+    best = tuner.descend(min(found, key=lambda tried: tried.ms), attention_only=near is not None)
     return Entry(
         weights.sizes, rows, context, best.shape, round(best.ms, 5), round(plain.ms, 5), TOKENS[context],
         round(best.error, 5), round(plain.error, 5), measured,
