@@ -163,7 +163,7 @@ def logits_of_a_prompt_in_two_chunks(folder: Path, **changes: Any) -> tuple[list
     assert isinstance(runner, DeviceRunner)
     if changes.get("attention_backend") == "flash_attn":
         assert worker.info.attention_backends[0].startswith("flash-attn")
-    first = {"admissions": (admission(0, PROMPT),), **start_of(0, 17, list(range(20)))}
+    first = {"admissions": (admission(0, PROMPT),), **start_of(0, 17, list(range(8)))}
     rest = {"schedule_slots": pack_u32([0]), "schedule_rows": pack_u32([len(PROMPT) - 17])}
     made: list[int] = []
     logits = []

@@ -94,7 +94,7 @@ def test_equals_torch(device: str, shape: SplitShape, block: int, group: int, di
         tolerance = 2e-2 if device == "cuda" else 1e-5
         assert float((got - want).double().norm() / want.double().norm()) < tolerance
         for mine, theirs in zip(written, (case.keys, case.values), strict=True):
-            assert torch.allclose(mine.float(), theirs.float(), atol=tolerance, equal_nan=True), "the pages"
+            assert torch.allclose(mine.float(), theirs.float(), tolerance, tolerance, equal_nan=True), "the pages"
 
 
 @on_every_kernel
