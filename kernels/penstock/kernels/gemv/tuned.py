@@ -1,6 +1,6 @@
 """The cuts that were measured to be the fastest, by GPU and model: data, shipped and added to.
 
-``tuned/NAME.json`` beside this file holds those of one kind of GPU; a file of the same form in the folder that
+``measured/NAME.json`` beside this file holds those of one kind of GPU; a file of the same form in the folder that
 ``PENSTOCK_TUNED`` names, by default ``~/.cache/penstock/tuned``, goes before it. ``penstock tune`` writes there.
 An entry tells what it was measured to be: milliseconds of a whole step, those of the default cut in the same run, and
 its relative error against a float32 reference.
@@ -27,7 +27,7 @@ from penstock.kernels.gemv.shapes import (
     default_shape,
 )
 
-SHIPPED: Final = Path(__file__).parent / "tuned"
+SHIPPED: Final = Path(__file__).parent / "measured"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,4 +112,4 @@ def file_of(gpu: str) -> str:
 def user_folder() -> Path:
     """Where entries of this user are."""
     named = os.environ.get("PENSTOCK_TUNED")
-    return Path(named) if named else Path.home() / ".cache" / "penstock" / "tuned"
+    return Path(named) if named else Path.home() / ".cache" / "penstock" / "measured"
