@@ -66,7 +66,7 @@ def test_the_runner_pads_steps_that_compute_known_ids(
         return mixed(self, decodes, step, spread=spread)
 
     monkeypatch.setattr(Program, "mixed", watched)
-    monkeypatch.setattr(PrefillGraphs, "sizes", lambda max_rows, slots: [])
+    monkeypatch.setattr(PrefillGraphs, "sizes", staticmethod(lambda max_rows, slots: []))
     folder = build_tiny_llama(tmp_path, seed=21, shape=TinyLlama(eos_token_id=None))
     with started(spec(folder, **device_kind)) as (executor, _):
         launched.clear()
