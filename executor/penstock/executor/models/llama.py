@@ -20,6 +20,7 @@ from torch.nn.functional import embedding
 from penstock.executor.layers.attention import AttentionStep, LayerCache, PagedAttention
 from penstock.executor.layers.linear import Linear
 from penstock.executor.layers.norm import RMSNorm
+from penstock.executor.layers.parallel import ALONE, Group
 from penstock.executor.layers.placement import Placement
 from penstock.executor.layers.rotary import RotaryEmbedding
 from penstock.executor.models.config import ModelConfig
@@ -45,7 +46,7 @@ class SelfAttention:
         self.attend = PagedAttention(
             config.heads, config.kv_heads, config.head_dim, rotary, q_norm=q_norm, k_norm=k_norm
         )
-        self.output = Linear(queries, {"o_proj": config.hidden_size}, place, bias=config.attention_bias)
+        self.output = Linear(queries, {"o_proj": config.hidden_size}, place, bias=config.attention_bias, partial=True)
 
     def __call__(self, x: Tensor, step: AttentionStep, cache: LayerCache, chosen: Tensor | None) -> Tensor:
         """[rows, hidden] → [rows, hidden]; of the ``chosen`` rows only unless that is None."""
@@ -77,7 +78,7 @@ class FeedForward:
         """Parameters are left unset."""
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_up = Linear(hidden, {"gate_proj": inner, "up_proj": inner}, place, bias=bias)
-        self.down = Linear(inner, {"down_proj": hidden}, place, bias=bias)
+        self.down = Linear(inner, {"down_proj": hidden}, place, bias=bias, partial=True)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, hidden] → [rows, hidden], perhaps in parts (:meth:`Linear.in_parts`)."""
@@ -142,10 +143,14 @@ class Layer:
 class Llama:
     """Embedding, layers, final norm and head; see :class:`penstock.executor.models.registry.Model`."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-        """Parameters are left unset: :mod:`penstock.executor.models.weights` fills them."""
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, group: Group = ALONE) -> None:
+        """Parameters are left unset: :mod:`penstock.executor.models.weights` fills them.
+
+        ``config`` has the heads and the inner size of this rank of ``group``. Embedding, norms and head are whole in
+        every rank.
+        """
         self.config, self.hidden_size = config, config.hidden_size
-        self.place = Placement(dtype, device)
+        self.place = Placement(dtype, device, group=group)
         self.rotary = RotaryEmbedding(config.head_dim, config.rope, config.max_positions, device)
         self.embedding = self.place.empty(config.vocab_size, config.hidden_size)
         self.layers = [Layer(self.build_attention(), config, self.place) for _ in range(config.layers)]

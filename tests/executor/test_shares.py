@@ -1,0 +1,115 @@
+"""Each rank's share of a checkpoint, in whatever pieces it is read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from penstock.executor.layers.parallel import Group
+from penstock.executor.models.config import read_config
+from penstock.executor.models.errors import CheckpointError
+from penstock.executor.models.shares import Share, rank_config
+from penstock.executor.worker.kv_cache import PageShape
+from penstock.executor.worker.model_runner import LoadedModel, load_model
+from support.tiny_llama import TINY_QWEN3, TinyLlama, build_tiny_llama, random_weights, save_weights
+
+LLAMA = TinyLlama(attention_bias=True, mlp_bias=True, num_key_value_heads=4)
+QWEN3 = replace(TINY_QWEN3, num_key_value_heads=4)
+COLUMN = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"]
+ROW = ["self_attn.o_proj", "mlp.down_proj"]
+
+
+def load(folder: Path, rank: int, size: int, **changes: str) -> LoadedModel:
+    """A rank that nobody is connected to: loading tells nobody anything."""
+    settings = {"dtype": "float32", "load_format": "safetensors"} | changes
+    dtype = settings.pop("dtype")
+    cpu = torch.device("cpu")
+    return load_model(folder, dtype, lambda done, total: None, device=cpu, group=Group(rank, size), **settings)
+
+
+def share_of(name: str, tensor: Tensor, rank: int, size: int) -> Tensor:
+    """What the layers' own names say."""
+    kind = name.rsplit(".", 1)[1]
+    if any(f".{part}." in name for part in COLUMN):
+        return tensor.chunk(size, dim=0)[rank]
+    if kind == "weight" and any(f".{part}." in name for part in ROW):
+        return tensor.chunk(size, dim=1)[rank]
+    return tensor
+
+
+@pytest.mark.parametrize("shape", [LLAMA, QWEN3], ids=["llama", "qwen3"])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("piece_bytes", [1000, 2**24])
+def test_each_rank_has_its_share_and_the_digest_of_all(
+    shape: TinyLlama, size: int, piece_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of pieces that begin and end in the middle of a row."""
+    monkeypatch.setattr("penstock.executor.models.weights.PIECE_BYTES", piece_bytes)
+    folder = build_tiny_llama(tmp_path, seed=5, shape=shape, shards=2)
+    weights, whole = random_weights(shape, 5), load(folder, 0, 1)
+    for rank in range(size):
+        loaded = load(folder, rank, size)
+        assert (loaded.digest, loaded.weights.parameters) == (whole.digest, whole.weights.parameters)
+        own = loaded.model.destinations()
+        assert own.keys() == weights.keys()
+        for name, tensor in weights.items():
+            assert torch.equal(own[name], share_of(name, tensor, rank, size)), name
+        assert loaded.weights.weight_bytes == sum(tensor.nbytes for tensor in own.values())
+        pages = PageShape.of(loaded.shard, 8, torch.float32).block_bytes
+        assert pages == PageShape.of(loaded.config, 8, torch.float32).block_bytes // size
+
+
+def test_drawn_weights_are_shares_of_those_of_one_rank(tmp_path: Path) -> None:
+    folder = build_tiny_llama(tmp_path, shape=LLAMA)
+    whole = load(folder, 0, 1, load_format="dummy")
+    for rank in range(2):
+        loaded = load(folder, rank, 2, load_format="dummy")
+        assert (loaded.digest, loaded.weights.parameters) == (whole.digest, whole.weights.parameters)
+        for name, tensor in loaded.model.destinations().items():
+            assert torch.equal(tensor, share_of(name, whole.model.destinations()[name], rank, 2)), name
+
+
+def test_columns_of_a_piece_of_any_size() -> None:
+    whole = torch.arange(7 * 12, dtype=torch.float32).view(7, 12)
+    share = Share((7, 12), dim=1, first=4)
+    for size in range(1, 90):
+        got = torch.full((7, 3), float("nan"))
+        for start in range(0, whole.numel(), size):
+            share.copy(whole.view(-1)[start : start + size], start, got)
+        assert torch.equal(got, whole[:, 4:7]), size
+
+
+def test_a_tensor_of_the_wrong_shape_is_held_against_the_whole(tmp_path: Path) -> None:
+    folder = build_tiny_llama(tmp_path, shape=LLAMA)
+    name = "model.layers.0.mlp.down_proj.weight"
+    weights = random_weights(LLAMA, 0)
+    save_weights(folder, weights | {name: weights[name][:, :48].contiguous()})
+    with pytest.raises(CheckpointError) as caught:
+        load(folder, 0, 2)
+    assert str(caught.value).endswith(f"tensor {name!r}: has shape [64, 48], config.json asks for [64, 96]")
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "line"),
+    [
+        ({}, 3, "num_attention_heads 4 is not a multiple of tensor_parallel 3"),
+        ({"num_key_value_heads": 2}, 4, "num_key_value_heads 2 is not a multiple of tensor_parallel 4"),
+        ({"intermediate_size": 97}, 2, "intermediate_size 97 is not a multiple of tensor_parallel 2"),
+    ],
+)
+def test_what_cannot_be_divided_is_named(changes: dict[str, int], size: int, line: str, tmp_path: Path) -> None:
+    folder = build_tiny_llama(tmp_path, shape=replace(LLAMA, **changes))  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError) as caught:
+        load(folder, 0, size)
+    assert str(caught.value) == f"{folder}/config.json: {line}"
+
+
+def test_a_family_that_nobody_has_spread_is_refused(tmp_path: Path) -> None:
+    config = replace(read_config(build_tiny_llama(tmp_path)), architecture="FusedForCausalLM")
+    with pytest.raises(CheckpointError, match="not for FusedForCausalLM"):
+        rank_config(config, 2, tmp_path)
+    assert rank_config(config, 1, tmp_path) is config
