@@ -13,6 +13,7 @@ import torch
 
 from penstock.executor.executor import Progress
 from penstock.executor.layers.attention import LayerCache
+from penstock.executor.layers.parallel import ALONE, Group
 from penstock.executor.step import ModelSpec
 from penstock.executor.worker.device.graphs import DecodeGraphs
 from penstock.executor.worker.device.memory import GRAPH_BYTES, Budget, count_device_blocks
@@ -58,8 +59,8 @@ class Started:
     report: StartReport
 
 
-def start_on_device(spec: ModelSpec, device: torch.device, progress: Progress) -> Started:
-    """Load the model on ``device`` and give it room.
+def start_on_device(spec: ModelSpec, device: torch.device, progress: Progress, group: Group = ALONE) -> Started:
+    """Load the model, or this rank's share of it, on ``device`` and give it room.
 
     Raises CheckpointError, ExecutorError with one line, RuntimeError if memory is short.
     """
@@ -68,24 +69,28 @@ def start_on_device(spec: ModelSpec, device: torch.device, progress: Progress) -
         torch.cuda.set_device(device)
         with report.stage("device", device):
             torch.zeros(1, device=device)
-    with report.stage("weights", device):
+    with report.stage("weights", device), group.together():
         on_bytes = functools.partial(progress, "weights")
-        loaded = load_model(Path(spec.path), spec.dtype, on_bytes, device=device, load_format=spec.load_format)
+        loaded = load_model(
+            Path(spec.path), spec.dtype, on_bytes, device=device, load_format=spec.load_format, group=group
+        )
+    group.require_same("the model", loaded.digest)
     report.bytes["weights"] = loaded.weights.weight_bytes
     if device.type == "cuda":
         with report.stage("products", device):
             loaded.model.tune([spec.max_step_tokens], TUNE_SECONDS, head=False)
             torch.cuda.empty_cache()
     longest = longest_sequence(spec, loaded.config.max_positions)
-    shape = PageShape.of(loaded.config, spec.block_tokens, loaded.dtype)
-    with report.stage("profile", device):
+    shape = PageShape.of(loaded.shard, spec.block_tokens, loaded.dtype)
+    with report.stage("profile", device), group.together():
         blocks = _count_blocks(spec, loaded, shape, longest, device, report)
+    blocks = group.least(blocks)
     longest = min(longest, blocks * spec.block_tokens)
     capacity = Capacity(spec.max_sequences, longest, spec.block_tokens, blocks, loaded.config.vocab_size)
-    with report.stage("pages", device):
+    with report.stage("pages", device), group.together():
         pages = allocate_pages(shape, blocks + 1, device)
     report.bytes["pages"] = (blocks + 1) * shape.block_bytes
-    program = Program(loaded.model, pages, capacity, spec.max_step_tokens, device)
+    program = Program(loaded.model, pages, capacity, spec.max_step_tokens, device, group)
     graphs = DecodeGraphs(program)
     with torch.inference_mode():
         if device.type == "cuda":
@@ -124,7 +129,7 @@ def _profile(spec: ModelSpec, loaded: LoadedModel, shape: PageShape, longest: in
     before = torch.cuda.memory_allocated(device)
     capacity = Capacity(spec.max_sequences, longest, spec.block_tokens, 1, loaded.config.vocab_size)
     pages: tuple[LayerCache, ...] = allocate_pages(shape, 2, device)
-    program = Program(loaded.model, pages, capacity, spec.max_step_tokens, device)
+    program = Program(loaded.model, pages, capacity, spec.max_step_tokens, device, loaded.group)
     run_full_step(program, spec.max_step_tokens, longest)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
