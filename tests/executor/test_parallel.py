@@ -2,79 +2,21 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar, cast
 
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed import HashStore, ProcessGroupGloo  # type: ignore[attr-defined]
 from torch.nn.functional import linear
 
 from penstock.executor.executor import ExecutorError
 from penstock.executor.layers.linear import Linear
-from penstock.executor.layers.parallel import ALONE, FRAME_BYTES, Backend, Group, GroupError
+from penstock.executor.layers.parallel import ALONE, FRAME_BYTES, Group, GroupError
 from penstock.executor.layers.placement import Placement
 from penstock.executor.models.errors import CheckpointError
 from penstock.kernels.batch.state import ArenaLayout, BatchState
-
-T = TypeVar("T")
-
-
-class Threads:
-    """As many ranks as threads."""
-
-    def __init__(self, size: int, seconds: float) -> None:
-        store = HashStore()
-
-        def join(rank: int) -> Group:
-            gloo = ProcessGroupGloo(store, rank, size, timedelta(seconds=seconds))
-            return Group(rank, size, {"cpu": cast(Backend, gloo)})
-
-        self.size = size
-        self.groups = self._all(join)
-
-    def each(self, work: Callable[[Group], T]) -> list[T]:
-        """What all ranks return at once."""
-        return self._all(lambda rank: work(self.groups[rank]))
-
-    def faults(self, work: Callable[[Group], object]) -> list[BaseException]:
-        """What all ranks raise."""
-
-        def failing(group: Group) -> BaseException:
-            with pytest.raises(Exception) as caught:  # noqa: PT011  each test says of what kind
-                work(group)
-            return caught.value
-
-        return self.each(failing)
-
-    def _all(self, work: Callable[[int], T]) -> list[T]:
-        made: dict[int, T] = {}
-
-        def keep(rank: int) -> None:
-            made[rank] = work(rank)
-
-        threads = [threading.Thread(target=keep, args=(rank,)) for rank in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return [made[rank] for rank in range(self.size)]
-
-
-@contextmanager
-def ranks(size: int, seconds: float = 30.0) -> Iterator[Threads]:
-    threads = Threads(size, seconds)
-    try:
-        yield threads
-    finally:
-        for group in threads.groups:
-            group.close()
+from support.rank_threads import ranks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
