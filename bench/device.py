@@ -107,6 +107,7 @@ def spec_of(arguments: argparse.Namespace, **changes: Any) -> ModelSpec:
         "path": arguments.model,
         "load_format": "dummy",
         "device": arguments.device,
+        "attention_backend": arguments.attention_backend,
         "max_sequences": 256,
         "max_step_tokens": 16_384,
         "max_model_tokens": 4096,
@@ -335,6 +336,7 @@ def main() -> None:
     parser.add_argument("model", help="a folder with config.json")
     parser.add_argument("--name", help="results/NAME.json")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--attention-backend", default="auto", help="what attends prompts")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16, 32, 64, 96, 128, 192, 256])
     parser.add_argument("--context", type=int, default=600)
     parser.add_argument("--steps", type=int, default=40)

@@ -1,7 +1,8 @@
 """What paged attention reaches: ``python bench/kernels/attention.py [decode|prefill|tune] [--out FILE]``.
 
 ``decode``: bytes of keys and values read a second, with the cut of the table, and their share of what a copy moves.
-``prefill``: multiplications a second, counting what a causal row sees, and their share of a large product's.
+``prefill``: multiplications a second, counting what a causal row sees, and their share of a large product's, by each
+backend that is installed, over pages of several sizes; and what the host takes to launch them.
 ``tune``: the best cut of decode for each batch; none counts whose result is wrong. Ends after ``--seconds``.
 
 Block tables are shuffled. Layers take turns, so that none is in the L2 cache. A configuration that fails is reported
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +26,13 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
+from penstock.kernels.attention.chunks import AttentionShape, ChunkBackend, Chunks, LoneKernel, PagedKernel
+from penstock.kernels.attention.cudnn import CUDNN_ROWS, cudnn_lone, cudnn_refusal
 from penstock.kernels.attention.decode import paged_decode_attention_reference
 from penstock.kernels.attention.decode_kernel import paged_decode_attention_triton
 from penstock.kernels.attention.decode_shapes import CUTS, DecodeShape, Spread, decode_shape
-from penstock.kernels.attention.prefill import paged_prefill_attention, paged_prefill_attention_reference
+from penstock.kernels.attention.flash import FlashPages, FlashUnavailable, flash_library
+from penstock.kernels.attention.prefill import paged_prefill_attention_reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -38,8 +43,20 @@ HEADS = {"qwen3-0.6b": 16, "llama-8b": 32}
 KV_HEADS, HEAD_DIM, BLOCK_TOKENS = 8, 128, 64
 ROWS = (1, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256)
 LENGTHS = (850, 2048, 8192)
-PREFILLS = {"8 x 1024": [(0, 1024)] * 8, "1 x 8192": [(0, 8192)], "4 x 512 over 4096": [(4096, 512)] * 4}
+PREFILLS = {
+    **{f"1 x {rows}": [(0, rows)] for rows in (128, 256, 512, 1024, 2048, 4096, 8192)},
+    "8 x 1024": [(0, 1024)] * 8,
+    "16 x 128": [(0, 128)] * 16,
+    "7 to 4096": [(0, rows) for rows in (7, 100, 513, 1500, 64, 2048, 4096, 1000)],
+    "1 x 256 over 1024": [(1024, 256)],
+    "1 x 512 over 4096": [(4096, 512)],
+    "4 x 512 over 4096": [(4096, 512)] * 4,
+    "1 x 2048 over 8192": [(8192, 2048)],
+}
 """(cached tokens, rows) of each sequence."""
+PAGE_TOKENS = (64, 128, 256)
+"""Of the pages that prompts are attended over; decodes have the first."""
+HOST_REPEATS = 20
 TUNED_ROWS = (1, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 TILES = ((32, 4, 2), (64, 3, 2), (64, 2, 2), (32, 6, 2), (32, 3, 2), (64, 4, 4), (64, 3, 4), (32, 3, 1))
 """Tokens, stages, warps."""
@@ -52,8 +69,8 @@ WIDTH = 160
 """Of block tables."""
 BOUND = 0.02
 """Of the relative error of what is measured."""
-FAILURES = (RuntimeError, TritonError)
-"""What a configuration that does not work may raise, CUDA's errors among them."""
+FAILURES = (RuntimeError, TritonError, AssertionError)
+"""What a configuration that does not work may raise, CUDA's errors and flash-attn's among them."""
 
 
 class Pages:
@@ -73,9 +90,9 @@ class Pages:
         return [(self._keys[part], self._values[part]) for part in parts]
 
 
-def shuffled_tables(lengths: Sequence[int]) -> tuple[Tensor, int]:
+def shuffled_tables(lengths: Sequence[int], block_tokens: int = BLOCK_TOKENS) -> tuple[Tensor, int]:
     """Block tables int32 [sequences, WIDTH] of sequences of these lengths, and how many blocks they take."""
-    counts = [-(-length // BLOCK_TOKENS) for length in lengths]
+    counts = [-(-length // block_tokens) for length in lengths]
     blocks = torch.randperm(sum(counts), device="cuda").int()
     tables = torch.zeros(len(lengths), WIDTH, dtype=torch.int32, device="cuda")
     for table, own in zip(tables, blocks.cpu().split(counts), strict=True):  # type: ignore[no-untyped-call]
@@ -144,13 +161,14 @@ def mixed_lengths(rows: int) -> list[int]:
     return sorted((source.randint(200, 1500) for _ in range(rows)), reverse=True)
 
 
-def attempt(report: Report, what: dict[str, object], measure: Callable[[], dict[str, object]]) -> None:
-    """Report one measurement, or why there is none."""
+def attempt(report: Report, what: dict[str, object], measure: Callable[[], dict[str, object]]) -> dict[str, object]:
+    """Report one measurement, or why there is none; returns what was reported."""
     try:
         figures = measure()
     except FAILURES as failure:
         figures = {"failed": reason(failure)}
     report(**what, **figures)
+    return figures
 
 
 def reason(failure: Exception) -> str:
@@ -207,46 +225,127 @@ def tune(pages: Pages, copied: float, report: Report, model: str, seconds: float
 
 
 def prefill(pages: Pages, product: float, report: Report) -> None:
-    """Chunks of prompts."""
+    """Chunks of prompts, by every backend that is there."""
     for (model, heads), (name, sequences) in itertools.product(HEADS.items(), PREFILLS.items()):
-        what: dict[str, object] = {"prefill": model, "sequences": name}
-        attempt(report, what, partial(prefill_figures, pages, sequences, heads, product))
+        found: list[tuple[float, str, int]] = []
+        for block_tokens, backend in backends(heads, sequences, report):
+            what: dict[str, object] = {
+                "prefill": model,
+                "sequences": name,
+                "backend": backend.name,
+                "page": block_tokens,
+            }
+            measure = partial(prefill_figures, pages, sequences, heads, block_tokens, backend, product)
+            figures = attempt(report, what, measure)
+            if "tflop_s" in figures:
+                found.append((float(str(figures["tflop_s"])), backend.name, block_tokens))
+        report(prefill=model, sequences=name, fastest=sorted(found, reverse=True))
+
+
+def backends(heads: int, sequences: Sequence[tuple[int, int]], report: Report) -> Iterator[tuple[int, ChunkBackend]]:
+    """Tokens of a page and who may attend these sequences over such pages; who may not is reported."""
+    lone = len(sequences) == 1 and sequences[0][0] == 0
+    for block_tokens in PAGE_TOKENS:
+        yield block_tokens, PagedKernel()
+        shape = AttentionShape(torch.device("cuda", 0), torch.bfloat16, heads, KV_HEADS, HEAD_DIM, block_tokens)
+        try:
+            library = flash_library(shape)
+        except FlashUnavailable as refusal:
+            report(flash_attn=None, page=block_tokens, reason=str(refusal))
+        else:
+            yield block_tokens, FlashPages(library)
+            if lone and block_tokens == BLOCK_TOKENS:
+                yield block_tokens, LoneKernel(f"{library.name}, no pages", library.alone, ())
+        if lone and block_tokens == BLOCK_TOKENS and sequences[0][1] <= CUDNN_ROWS and cudnn_refusal(shape) is None:
+            yield block_tokens, cudnn_lone()
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Chunks of one step."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    chunks: Chunks
+    rows: list[int]
+    flop: int
+
+    @classmethod
+    def of(cls, pages: Pages, sequences: Sequence[tuple[int, int]], heads: int, block_tokens: int) -> Prompts:
+        rows = [count for _, count in sequences]
+        tables, blocks = shuffled_tables([cached + count for cached, count in sequences], block_tokens)
+        keys, values = (
+            part.view(-1, block_tokens, KV_HEADS, HEAD_DIM)
+            for part in pages.layers(-(-blocks * block_tokens // BLOCK_TOKENS))[0]
+        )
+        contexts = torch.tensor([sum(sequence) for sequence in sequences], dtype=torch.int32, device="cuda")
+        place = torch.arange(rows[0], device="cuda")
+        chunks = Chunks(
+            tables,
+            torch.arange(len(rows), dtype=torch.int32, device="cuda"),
+            torch.tensor([0, *itertools.accumulate(rows)], dtype=torch.int32, device="cuda"),
+            contexts,
+            max(rows),
+            tables[0].long()[place // block_tokens] * block_tokens + place % block_tokens,
+            sum(cached for cached, _ in sequences),
+        )
+        query = torch.randn(sum(rows), heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+        seen = sum(count * cached + count * (count + 1) // 2 for cached, count in sequences)
+        return cls(query, keys, values, chunks, rows, 4 * HEAD_DIM * heads * seen)
+
+    def error(self, out: Tensor) -> float:
+        """Relative, of the last rows."""
+        last, chunks = min(256, self.rows[-1]), self.chunks
+        wanted = paged_prefill_attention_reference(
+            self.query[-last:], self.keys, self.values, chunks.block_tables, chunks.slots[-1:],
+            torch.tensor([0, last], device="cuda"), chunks.contexts[-1:], last, HEAD_DIM**-0.5,
+        )  # fmt: skip
+        return relative_error(out[-last:], wanted)
 
 
 def prefill_figures(
-    pages: Pages, sequences: Sequence[tuple[int, int]], heads: int, product: float
+    pages: Pages,
+    sequences: Sequence[tuple[int, int]],
+    heads: int,
+    block_tokens: int,
+    backend: ChunkBackend,
+    product: float,
 ) -> dict[str, object]:
-    seconds = prefill_seconds(pages, sequences, heads)
-    seen = sum(rows * cached + rows * (rows + 1) // 2 for cached, rows in sequences)
-    rate = 4 * HEAD_DIM * heads * seen / seconds
-    return {"us": round(1e6 * seconds, 1), "tflop_s": round(rate / 1e12, 1), "share": round(rate / product, 3)}
+    """Of one layer, as the device computes it; ``bind_us``, ``host_us``: what the host takes for a step, for a layer.
+
+    Raises WrongResult.
+    """
+    prompts = Prompts.of(pages, sequences, heads, block_tokens)
+    out = torch.full_like(prompts.query, float("nan"))
+    attend = backend.bind(prompts.chunks)
+
+    def layer() -> None:
+        attend(prompts.query, prompts.keys, prompts.values, HEAD_DIM**-0.5, out)
+
+    layer()
+    error = prompts.error(out)
+    if not (error < BOUND and out.isfinite().all()):
+        raise WrongResult(f"relative error {error}")
+    bind_us, host_us = host_time_us(lambda: backend.bind(prompts.chunks)), host_time_us(layer)
+    seconds = graph_s(layer)
+    rate = prompts.flop / seconds
+    return {
+        "us": round(1e6 * seconds, 1), "tflop_s": round(rate / 1e12, 1), "share": round(rate / product, 3),
+        "error": round(error, 5), "bind_us": round(bind_us, 1), "host_us": round(host_us, 1),
+    }  # fmt: skip
 
 
-def prefill_seconds(pages: Pages, sequences: Sequence[tuple[int, int]], heads: int) -> float:
-    """Of one layer. Raises WrongResult."""
-    rows = [count for _, count in sequences]
-    tables, blocks = shuffled_tables([cached + count for cached, count in sequences])
-    keys, values = pages.layers(blocks)[0]
-    query = torch.randn(sum(rows), heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
-    numbers = torch.arange(len(rows), dtype=torch.int32, device="cuda")
-    starts = torch.tensor([0, *itertools.accumulate(rows)], dtype=torch.int32, device="cuda")
-    contexts = torch.tensor([sum(sequence) for sequence in sequences], dtype=torch.int32, device="cuda")
-    out = torch.full_like(query, float("nan"))
-
-    def attend() -> None:
-        paged_prefill_attention(
-            query, keys, values, tables, numbers, starts, contexts, max(rows), HEAD_DIM**-0.5, out=out
-        )
-
-    attend()
-    last = 256
-    wanted = paged_prefill_attention_reference(
-        query[-last:], keys, values, tables, numbers[-1:], starts[:2].clamp(max=last), contexts[-1:], last,
-        HEAD_DIM**-0.5,
-    )  # fmt: skip
-    if not (relative_error(out[-last:], wanted) < BOUND and out.isfinite().all()):
-        raise WrongResult(f"relative error {relative_error(out[-last:], wanted)}")
-    return graph_s(attend)
+def host_time_us(work: Callable[[], object]) -> float:
+    """The median time that the host takes to launch it."""
+    samples = []
+    for _ in range(HOST_REPEATS):
+        torch.cuda.synchronize()
+        begun = time.perf_counter_ns()
+        work()
+        samples.append((time.perf_counter_ns() - begun) / 1000)
+    torch.cuda.synchronize()
+    return statistics.median(samples)
 
 
 def main() -> None:

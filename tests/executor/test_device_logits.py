@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,19 +15,21 @@ from penstock.executor.worker.device.runner import DeviceRunner
 from penstock.executor.worker.worker import Worker
 from support.by_hand import Kind, admission, no_progress, spec, start_of
 from support.reference import load_reference
-from support.tiny_llama import TinyLlama, build_tiny_llama
+from support.tiny_llama import FAMILIES, TinyLlama, build_tiny_llama
 
 BOUND = {"float32": 2e-5, "bfloat16": 0.05}
 """Of ‖logits − reference‖ / ‖reference‖, the reference in float32 on a CPU."""
 PROMPT = list(range(5, 45))
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "eos_token_id": None}
+SHAPES: dict[str, dict[str, Any]] = {family: {"model_type": family, **SIZES} for family in FAMILIES}
+SHAPES["biases"] = {"attention_bias": True, "mlp_bias": True, **SIZES}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shape = TinyLlama(
-        model_type=request.param, hidden_size=256, intermediate_size=512, num_hidden_layers=4, eos_token_id=None
-    )
-    return build_tiny_llama(tmp_path_factory.mktemp(request.param), seed=3, shape=shape)
+    return build_tiny_llama(tmp_path_factory.mktemp(request.param), seed=3, shape=TinyLlama(**SHAPES[request.param]))
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["", "late"])

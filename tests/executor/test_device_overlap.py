@@ -9,6 +9,7 @@ import pytest
 
 from penstock.executor.worker.device import start
 from penstock.kernels import overlap
+from penstock.kernels.gemv.shapes import MOST_ROWS
 from penstock.local import LLM, SamplingParams
 from support.tiny_llama import TinyLlama, build_tiny_llama
 
@@ -21,12 +22,16 @@ def tokens_of(folder: Path, rows: int, overlapping: bool, patch: pytest.MonkeyPa
     prompts = [[source.randrange(5, 90) for _ in range(source.randrange(1, 90))] for _ in range(rows)]
     settings = {"device": "cuda", "dtype": "bfloat16", "executor": "uniproc"}
     with LLM(folder, **settings, max_sequences=rows, max_step_tokens=8192) as llm:
-        outputs = llm.generate(prompts, SamplingParams(temperature=1.0, max_tokens=80, ignore_eos=True), progress=False)
+        outputs = llm.generate(
+            prompts,
+            SamplingParams(temperature=1.0, max_tokens=256 if rows <= MOST_ROWS else 80, ignore_eos=True),
+            progress=False,
+        )
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 7, 16, 48])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 16, 48])
 def test_tokens_are_the_same(tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = TinyLlama(
         model_type="qwen3", hidden_size=512, intermediate_size=1024, num_hidden_layers=4, eos_token_id=None

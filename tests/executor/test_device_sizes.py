@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.executor.step import pack_u32
+from penstock.executor.worker.device.prefill_graphs import PrefillGraphs
 from penstock.executor.worker.device.program import MixedStep, Program
 from penstock.executor.worker.device.sizes import (
     COARSE,
@@ -65,6 +66,7 @@ def test_the_runner_pads_steps_that_compute_known_ids(
         return mixed(self, decodes, step, spread=spread)
 
     monkeypatch.setattr(Program, "mixed", watched)
+    monkeypatch.setattr(PrefillGraphs, "sizes", lambda max_rows, slots: [])
     folder = build_tiny_llama(tmp_path, seed=21, shape=TinyLlama(eos_token_id=None))
     with started(spec(folder, **device_kind)) as (executor, _):
         launched.clear()

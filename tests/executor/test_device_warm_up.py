@@ -19,17 +19,21 @@ from penstock.executor.layers.matmul import Products
 from penstock.executor.models.config import ModelConfig, RopeConfig
 from penstock.executor.models.registry import build_model
 from penstock.executor.worker.device.attention import ChunkRows
+from penstock.executor.worker.device.prefill import AUTO, FLASH_ONLY, Kernel, Prefill, Rule
 from penstock.executor.worker.device.program import MixedStep, Program
 from penstock.executor.worker.device.sizes import graph_size, graph_sizes, step_size
 from penstock.executor.worker.device.warm_up import warm_up
 from penstock.executor.worker.kv_cache import PageShape, allocate_pages
 from penstock.executor.worker.slots import Capacity
 from penstock.kernels import dispatch, overlap
+from penstock.kernels.attention.chunks import AttendChunks, Chunks
 from penstock.kernels.attention.decode_shapes import Spread
+from penstock.kernels.attention.flash import LONE_ROWS, MOST_SEQUENCES
 
 SMALL = {"hidden_size": 1024, "intermediate_size": 3072, "heads": 16, "kv_heads": 8, "architecture": "Qwen3ForCausalLM"}
 LARGE = {"hidden_size": 4096, "intermediate_size": 8192, "heads": 32, "kv_heads": 8}
 ODD = {"hidden_size": 2560, "intermediate_size": 6912, "heads": 20, "kv_heads": 4, "head_dim": 80}
+BIASED = {"hidden_size": 896, "intermediate_size": 4864, "heads": 14, "kv_heads": 2, "head_dim": 64, "qkv_bias": True}
 FEW_HEADS = {"hidden_size": 1536, "intermediate_size": 4096, "heads": 12, "kv_heads": 2}
 
 
@@ -87,12 +91,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     return found
 
 
-def program_of(slots: int, step_tokens: int, **shape: Any) -> Program:
+def program_of(slots: int, step_tokens: int, prefill: Prefill | None = None, **shape: Any) -> Program:
     """Of three layers; its parameters are whatever the memory held."""
     fixed: dict[str, Any] = {
         "architecture": "LlamaForCausalLM", "vocab_size": 640, "layers": 3, "head_dim": 128, "max_positions": 4096,
-        "norm_eps": 1e-5, "rope": RopeConfig(), "tied_head": True, "attention_bias": False, "mlp_bias": False,
-        "eos_ids": (), "dtype": "bfloat16",
+        "window": None, "norm_eps": 1e-5, "rope": RopeConfig(), "tied_head": True, "qkv_bias": False,
+        "output_bias": False, "mlp_bias": False, "eos_ids": (), "dtype": "bfloat16",
     }  # fmt: skip
     config = ModelConfig(**fixed | shape)
     device = torch.device("cpu")
@@ -100,7 +104,7 @@ def program_of(slots: int, step_tokens: int, **shape: Any) -> Program:
     model.absorb_norms()
     capacity = Capacity(slots, 4096, 64, 1, config.vocab_size)
     pages = allocate_pages(PageShape.of(config, 64, torch.bfloat16), 2, device)
-    return Program(model, pages, capacity, step_tokens, device)
+    return Program(model, pages, capacity, step_tokens, device, prefill)
 
 
 def mixed(program: Program, decodes: int, lengths: list[int], completing: int, spread: Spread, filtered: bool) -> None:
@@ -153,6 +157,7 @@ def run_mixed(program: Program, step_tokens: int) -> None:
         pytest.param(ODD, 256, 1024, 200, id="odd, short sequences"),
         pytest.param(LARGE, 4, 1024, 4096, id="large, few slots"),
         pytest.param(FEW_HEADS, 64, 1024, 4096, id="few heads"),
+        pytest.param(BIASED, 64, 1024, 4096, id="biases"),
     ],
 )
 @torch.inference_mode()
@@ -166,4 +171,39 @@ def test_nothing_is_compiled_or_loaded_after_the_start(
     run_mixed(program, step_tokens)
     assert sorted(launches.products - loaded) == []
     run_decodes(program)
+    assert sorted(launches.kernels - compiled) == []
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Stands for a backend of another library: notes of whom it was asked."""
+
+    name: str
+    lone_only: bool
+    met_rows: tuple[int, ...]
+    asked: list[tuple[int, int]] = field(default_factory=list, compare=False)
+    """Sequences, rows of the longest."""
+
+    def bind(self, chunks: Chunks) -> AttendChunks:
+        def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
+            self.asked.append((chunks.slots.numel(), chunks.longest))
+
+        return attend
+
+
+@pytest.mark.parametrize("rules", [pytest.param(AUTO, id="auto"), pytest.param(FLASH_ONLY, id="flash_attn")])
+@torch.inference_mode()
+def test_kernels_that_few_steps_choose_are_met(launches: Launches, rules: tuple[Rule, ...]) -> None:
+    """Our own for more sequences than flash-attn takes, flash-attn's for one whole prompt."""
+    pages, lone = Foreign("pages", False, (16,)), Foreign("lone", True, (LONE_ROWS,))
+    prefill = Prefill(rules, {Kernel.FLASH: pages, Kernel.FLASH_LONE: lone}, 16)
+    program = program_of(MOST_SEQUENCES + 40, 8192, prefill, **SMALL)
+    warm_up(program, 8192, 4096)
+    compiled = set(launches.kernels)
+    assert (1, 16) in pages.asked
+    assert (1, LONE_ROWS) in lone.asked
+    asked = len(pages.asked)
+    for longest in (3, 24):
+        mixed(program, 0, [longest] * (MOST_SEQUENCES + 1), 0, Spread.EVEN, filtered=False)
+    assert len(pages.asked) == asked
     assert sorted(launches.kernels - compiled) == []

@@ -34,6 +34,16 @@ def test_rows_of_adapters_stand_behind_those_of_the_parts() -> None:
     assert roomy(x).shape == (6, 8)
 
 
+def test_a_product_leaves_its_bias_out() -> None:
+    both = Linear(8, {"a": 3, "b": 5}, HOST, bias=True)
+    assert both.bias is not None
+    for tensor in both.destinations("map").values():
+        tensor.normal_()
+    x = torch.randn(6, 8)
+    torch.testing.assert_close(both.product(x) + both.bias, both(x), atol=1e-6, rtol=0)
+    assert (both.product(x) - both(x)).abs().max() > 0.1
+
+
 def test_a_norm_adds_to_the_stream_in_place() -> None:
     norm = RMSNorm(16, 1e-6, HOST)
     norm.weight.normal_()

@@ -1,4 +1,4 @@
-"""Llama and Qwen3 against ``transformers``, through shuffled pages and mixed batches."""
+"""Every family against ``transformers``, through shuffled pages and mixed batches."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from penstock.executor.layers.attention import AttentionBatch, LayerCache
 from penstock.executor.models.config import read_config
+from penstock.executor.models.llama import Llama
 from penstock.executor.models.registry import Model, build_model
 from penstock.executor.models.weights import load_weights
 from penstock.kernels.attention.reference import Scratch
-from support.tiny_llama import LLAMA3_SCALING, TINY_QWEN3, TinyLlama, build_tiny_llama
+from support.tiny_llama import LLAMA3_SCALING, TINY_MISTRAL, TINY_QWEN2, TINY_QWEN3, TinyLlama, build_tiny_llama
 
 BASE = TinyLlama()
 SHAPES = {
@@ -34,6 +35,40 @@ SHAPES = {
     "linear rope": replace(BASE, rope_scaling={"type": "linear", "factor": 2.5}),
     "qwen3": TINY_QWEN3,
     "qwen3, untied, biases": replace(TINY_QWEN3, tie_word_embeddings=False, attention_bias=True, head_dim=16),
+    "qwen2": TINY_QWEN2,
+    "qwen2, untied, keys without meaning": replace(
+        TINY_QWEN2,
+        tie_word_embeddings=False,
+        attention_bias=True,
+        mlp_bias=True,
+        num_key_value_heads=1,
+        use_sliding_window=False,
+        sliding_window=7,
+        max_window_layers=1,
+    ),
+    "mistral": TINY_MISTRAL,
+    "mistral, tied, keys without meaning": replace(
+        TINY_MISTRAL,
+        tie_word_embeddings=True,
+        attention_bias=True,
+        mlp_bias=True,
+        num_key_value_heads=4,
+        head_dim=16,
+        use_sliding_window=False,
+    ),
+}
+FAMILIES = [BASE, TINY_MISTRAL, TINY_QWEN2, TINY_QWEN3]
+WINDOW = 24
+WINDOWED = {
+    "mistral": replace(TINY_MISTRAL, sliding_window=WINDOW),
+    "qwen2, upper layer": replace(TINY_QWEN2, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    "qwen2, all layers": replace(TINY_QWEN2, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=0),
+    "qwen3, by layer": replace(
+        TINY_QWEN3,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
 }
 BLOCK_TOKENS = 16
 BLOCKS = 60
@@ -123,7 +158,7 @@ def test_logits_and_greedy_tokens_equal_transformers(name: str, tmp_path: Path) 
         assert known[sequence][len(prompt) :] == expected.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("base", [BASE, TINY_QWEN3], ids=["llama", "qwen3"])
+@pytest.mark.parametrize("base", FAMILIES, ids=lambda shape: shape.model_type)
 def test_bfloat16_is_close_to_transformers_in_float32(base: TinyLlama, tmp_path: Path) -> None:
     """16-bit weights are the same numbers in both; what differs is the rounding of activations."""
     shape = replace(base, dtype="bfloat16")
@@ -141,6 +176,21 @@ def test_bfloat16_is_close_to_transformers_in_float32(base: TinyLlama, tmp_path:
         assert error < 0.1
 
 
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_sequence_as_long_as_the_window_is_the_longest_that_equals_transformers(name: str, tmp_path: Path) -> None:
+    """Which is what is served: with a token more the windowed layers of transformers no longer see the first one."""
+    folder = build_tiny_llama(tmp_path, seed=11, shape=WINDOWED[name])
+    pages = Pages(folder, torch.float32, 1)
+    assert (pages.config.max_positions, pages.config.window) == (WINDOW, WINDOW)
+    ids = prompts(BASE.vocab_size)[3][: WINDOW + 1]
+    with torch.inference_mode():
+        expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([ids])).logits[0]
+    got = torch.cat([pages.logits({0: part}, None) for part in (ids[:10], ids[10:20], ids[20:WINDOW])])
+    torch.testing.assert_close(got, expected[:WINDOW], atol=1e-4, rtol=0)
+    beyond = pages.step({0: ids[WINDOW:]})[0]
+    assert (beyond - expected[WINDOW]).abs().max() > 1e-2
+
+
 def test_the_norms_of_heads_matter(tmp_path: Path) -> None:
     """The comparison has teeth: with the weights of the two norms exchanged it would fail."""
     folder = build_tiny_llama(tmp_path, seed=11, shape=TINY_QWEN3)
@@ -155,7 +205,31 @@ def test_the_norms_of_heads_matter(tmp_path: Path) -> None:
     assert (got - expected).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("base", [BASE, TINY_QWEN3], ids=["llama", "qwen3"])
+@pytest.mark.parametrize(
+    ("shape", "absorbed"),
+    [
+        *((shape, True) for shape in FAMILIES),
+        (replace(BASE, attention_bias=True), False),
+        (replace(TINY_QWEN3, attention_bias=True), False),
+        (replace(BASE, mlp_bias=True), False),
+    ],
+)
+def test_biases_of_queries_keys_and_values_are_no_hindrance_to_absorbing(
+    shape: TinyLlama, absorbed: bool, tmp_path: Path
+) -> None:
+    """Those of products that add to the residual stream are, and those of gate and up."""
+    model = Pages(build_tiny_llama(tmp_path, shape=shape), torch.float32, 1).model
+    assert isinstance(model, Llama)
+    norms = [norm for layer in model.layers for norm in (layer.attention_norm, layer.feed_forward_norm)]
+    before = [norm.weight.clone() for norm in norms]
+    with torch.inference_mode():
+        model.absorb_norms()
+    assert [layer.absorbed for layer in model.layers] == [absorbed] * len(model.layers)
+    for norm, weight in zip(norms, before, strict=True):
+        assert torch.equal(norm.weight, torch.ones_like(weight) if absorbed else weight)
+
+
+@pytest.mark.parametrize("base", FAMILIES, ids=lambda shape: shape.model_type)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_chosen_rows_are_those_of_all_rows(base: TinyLlama, dtype: torch.dtype, tmp_path: Path) -> None:
     """In any order; and rows that are not chosen have left their keys and values in the cache."""

@@ -19,10 +19,20 @@ from penstock.executor.worker.model_runner import LoadedModel, load_model
 from penstock.kernels.attention.reference import Scratch
 from support.rank_threads import ranks
 from support.reference import load_reference
-from support.tiny_llama import TINY_QWEN3, TinyLlama, build_tiny_llama, random_weights, save_weights
+from support.tiny_llama import (
+    TINY_MISTRAL,
+    TINY_QWEN2,
+    TINY_QWEN3,
+    TinyLlama,
+    build_tiny_llama,
+    random_weights,
+    save_weights,
+)
 
 LLAMA = TinyLlama(attention_bias=True, mlp_bias=True, num_key_value_heads=4)
 QWEN3 = replace(TINY_QWEN3, num_key_value_heads=4)
+QWEN2 = replace(TINY_QWEN2, num_key_value_heads=4)
+MISTRAL = replace(TINY_MISTRAL, num_key_value_heads=4)
 COLUMN = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"]
 ROW = ["self_attn.o_proj", "mlp.down_proj"]
 
@@ -45,7 +55,7 @@ def share_of(name: str, tensor: Tensor, rank: int, size: int) -> Tensor:
     return tensor
 
 
-@pytest.mark.parametrize("shape", [LLAMA, QWEN3], ids=["llama", "qwen3"])
+@pytest.mark.parametrize("shape", [LLAMA, QWEN3, QWEN2, MISTRAL], ids=["llama", "qwen3", "qwen2", "mistral"])
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("piece_bytes", [1000, 2**24])
 def test_each_rank_has_its_share_and_the_digest_of_all(
@@ -137,7 +147,11 @@ def prompt_logits(loaded: LoadedModel, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["", "late"])
-@pytest.mark.parametrize("shape", [replace(LLAMA, attention_bias=False, mlp_bias=False), QWEN3], ids=["llama", "qwen3"])
+@pytest.mark.parametrize(
+    "shape",
+    [replace(LLAMA, attention_bias=False, mlp_bias=False), QWEN3, QWEN2, MISTRAL],
+    ids=["llama", "qwen3", "qwen2", "mistral"],
+)
 def test_the_logits_of_two_ranks_are_those_of_transformers(
     shape: TinyLlama, late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

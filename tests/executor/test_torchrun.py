@@ -21,10 +21,11 @@ from penstock.executor.uniproc import UniprocExecutor
 from support import ranks
 from support.by_hand import no_progress, spec
 from support.reference import greedy_tokens
-from support.tiny_llama import TINY_QWEN3, TinyLlama, build_tiny_llama
+from support.tiny_llama import TINY_QWEN2, TINY_QWEN3, TinyLlama, build_tiny_llama
 
 SHAPES = {
     "llama": TinyLlama(eos_token_id=None, attention_bias=True, mlp_bias=True),
+    "qwen2": replace(TINY_QWEN2, eos_token_id=None),
     "qwen3": replace(TINY_QWEN3, eos_token_id=None, head_dim=32),
 }
 FOUR = TinyLlama(eos_token_id=None, num_key_value_heads=4)

@@ -265,6 +265,9 @@ def test_what_the_model_info_says(folder: Path) -> None:
         ({"block_tokens": 48, "resident": True}, "block_tokens is 48, must be a power of two"),
         ({"device": "cuda:7"}, "device 'cuda:7' is not there"),
         ({"device": "tpu"}, "is not known"),
+        ({"attention_backend": "sdpa"}, "attention_backend 'sdpa' is not known, only 'auto', 'triton', 'flash_attn'"),
+        ({"attention_backend": "flash_attn"}, "'flash_attn' is not possible: it needs a GPU, the device is cpu"),
+        ({"attention_backend": "triton", "resident": True}, "'triton' is not possible: it needs a GPU"),
         ({"load_format": "pickle"}, "load_format 'pickle' is not supported"),
         ({"resident": True, "num_blocks": 10**9}, "1000000000 blocks"),
     ],
@@ -276,6 +279,21 @@ def test_a_start_that_fails_says_why_in_one_line(changes: dict[str, object], lin
     executor.shutdown()
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("resident", [False, True], ids=["host", "resident"])
+def test_a_model_with_a_window_is_served_up_to_it(resident: bool, tmp_path: Path) -> None:
+    shape = TinyLlama(model_type="mistral", sliding_window=40, eos_token_id=None)
+    model = replace_spec(spec(build_tiny_llama(tmp_path, shape=shape)), resident=resident)
+    with started(model) as (executor, info):
+        assert info.max_model_tokens == 40
+        result = ByHand(executor)(admissions=(admission(0, [5] * 39), admission(1, [5] * 41)))
+        assert [failure.slot for failure in result.failed] == [1]
+        assert "do not fit 40 tokens" in result.failed[0].reason
+    with pytest.raises(ExecutorError, match="max_model_tokens 41 is not within the model's 40, its sliding window"):
+        UniprocExecutor().start(replace_spec(model, max_model_tokens=41), no_progress)
+    with started(replace_spec(model, max_model_tokens=30)) as (_, info):
+        assert info.max_model_tokens == 30
 
 
 def test_importing_it_loads_no_torch() -> None:

@@ -16,7 +16,7 @@ if INTERPRETED:
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 pytest.importorskip("triton")
 
-from penstock.kernels.attention import decode_kernel, prefill_kernel
+from penstock.kernels.attention import decode_kernel, prefill_kernel, tails_kernel
 from penstock.kernels.compile import REGISTERS, SHARED_MEMORY_BYTES, Compiled, compile_for_sm90
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -47,6 +47,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Compiled]:
         (decode_kernel, "decode_kernel"),
         (decode_kernel, "merge_kernel"),
         (prefill_kernel, "prefill_kernel"),
+        (tails_kernel, "clear_tails_kernel"),
     ):
         monkeypatch.setattr(module, name, Launches(getattr(module, name), made))
     return made
@@ -130,3 +131,10 @@ def test_an_argument_of_another_kind() -> None:
     kernel = decode_kernel.merge_kernel
     with pytest.raises(ValueError, match="argument 'partial' is neither a number nor a tensor"):
         compile_for_sm90(kernel, [meta(1, dtype=torch.int8)] * len(kernel.params), warps=1)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_clearing_of_tails(head_dim: int, made: list[Compiled]) -> None:
+    tails_kernel.clear_tails_triton(pages(head_dim, 128, BF16), meta(3, 64), meta(3))
+    (kernel,) = made
+    assert_fits(kernel, 0)

@@ -46,7 +46,9 @@ def compiled(kernel: Any, dtype: torch.dtype, num_warps: int, **constants: objec
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = {"OVERLAP": False, "SIZE": 0, "SIZE_TILE": 1} | constants
+    constants = {"OVERLAP": False, "SIZE": 0, "SIZE_TILE": 1, "BIAS": False} | constants
+    if not constants["BIAS"]:
+        constants["bias"] = None
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if (name in constants and name.isupper()) or constants.get(name, 0) is None:
@@ -120,16 +122,17 @@ def test_silu_mul(inner: int, late: int, rows: int, dtype: torch.dtype, tmp_path
 
 @in_every_dtype
 @pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(16, 8, 128), (32, 8, 128), (14, 2, 64), (24, 8, 80)])
 def test_rotate_and_store(
-    heads: int, kv_heads: int, head_dim: int, norm: bool, rows: int, dtype: torch.dtype, tmp_path: Path
+    heads: int, kv_heads: int, head_dim: int, norm: bool, bias: bool, rows: int, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     tile, num_warps = rope_shape(rows)
     half = head_dim // 2
     constants: dict[str, object] = {} if norm else {"q_weight": None, "k_weight": None}
     constants |= {"HEADS": heads, "KV_HEADS": kv_heads, "HALF": half, "TILE": triton.next_power_of_2(half)}
-    kernel = compiled(rotate_and_store_kernel, dtype, num_warps, HEAD_TILE=tile, NORM=norm, **constants)
+    kernel = compiled(rotate_and_store_kernel, dtype, num_warps, HEAD_TILE=tile, NORM=norm, BIAS=bias, **constants)
     assert_fits(kernel, num_warps, tmp_path)
 
 
@@ -156,6 +159,11 @@ def test_batch(kernel: Any, constants: dict[str, object], tmp_path: Path) -> Non
             rotate_and_store_kernel,
             {"HEADS": 16, "KV_HEADS": 8, "HALF": 64, "TILE": 64, "HEAD_TILE": 8, "NORM": True},
             id="rotate_and_store",
+        ),
+        pytest.param(
+            rotate_and_store_kernel,
+            {"HEADS": 14, "KV_HEADS": 2, "HALF": 32, "TILE": 32, "HEAD_TILE": 8, "NORM": False, "BIAS": True},
+            id="rotate_and_store, bias",
         ),
     ],
 )

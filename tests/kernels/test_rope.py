@@ -1,4 +1,4 @@
-"""QK-norm, rotation and the KV write against the definition, head by head in float64.
+"""Bias, QK-norm, rotation and the KV write against the definition, head by head in float64.
 
 ``TRITON_INTERPRET=1`` runs the kernel without a GPU.
 """
@@ -68,11 +68,11 @@ class Case:
             places=torch.randperm(BLOCKS * BLOCK_TOKENS, generator=generator)[:rows].to(device),
         )
 
-    def run(self, late: Late | None = None) -> Tensor:
+    def run(self, late: Late | None = None, bias: Tensor | None = None) -> Tensor:
         q_weight, k_weight = self.weights or (None, None)
         return rotate_and_store(
             self.qkv, self.positions, self.cos_sin, q_weight, k_weight, EPS,
-            self.keys, self.values, self.places, self.heads, self.kv_heads, late,
+            self.keys, self.values, self.places, self.heads, self.kv_heads, late, bias,
         )  # fmt: skip
 
     def expected(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,6 +142,30 @@ def test_what_a_norm_left_to_it_comes_first(device: str, dtype: torch.dtype, nor
     scale = 1 / (stream.double().square().mean(-1, keepdim=True) + EPS).sqrt()
     case.qkv = (case.qkv.double() * scale).to(dtype)
     keys, values = (cache.view(-1, 2, 64)[case.places] for cache in (case.keys, case.values))
+    for found, expected in zip((query, keys, values), case.expected(), strict=True):
+        error = (found.double() - expected.double()).norm() / expected.double().norm()
+        narrow = 2e-2 if INTERPRETED and device == "cpu" else 8e-3  # the interpreter rounds towards zero
+        assert error < (4e-6 if dtype == torch.float32 else narrow)
+
+
+@on_every_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
+@pytest.mark.parametrize("late", [False, True], ids=["", "late"])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(14, 2, 64), (5, 1, 12), (3, 3, 80)])
+@pytest.mark.parametrize("rows", [1, 18])
+def test_a_bias_is_added_behind_the_factor_of_the_row(
+    device: str, dtype: torch.dtype, norm: bool, late: bool, heads: int, kv_heads: int, head_dim: int, rows: int
+) -> None:
+    """Of every head its own, of values too; it is not scaled."""
+    case = Case.of(rows, heads, kv_heads, head_dim, norm, dtype, device)
+    generator = torch.Generator().manual_seed(rows)
+    bias = (4 * torch.randn(case.qkv.shape[1], generator=generator)).to(dtype).to(device)
+    stream = (5 * torch.randn(rows, 576, generator=generator)).to(dtype).to(device)
+    query = case.run(Late(stream, EPS) if late else None, bias)
+    scale = 1 / (stream.double().square().mean(-1, keepdim=True) + EPS).sqrt() if late else 1
+    case.qkv = (case.qkv.double() * scale + bias.double()).to(dtype)
+    keys, values = (cache.view(-1, kv_heads, head_dim)[case.places] for cache in (case.keys, case.values))
     for found, expected in zip((query, keys, values), case.expected(), strict=True):
         error = (found.double() - expected.double()).norm() / expected.double().norm()
         narrow = 2e-2 if INTERPRETED and device == "cpu" else 8e-3  # the interpreter rounds towards zero

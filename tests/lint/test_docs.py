@@ -7,6 +7,7 @@ from pathlib import Path
 
 import grpc
 
+from penstock.executor.models.config import FAMILY_DEFAULTS
 from penstock.v1 import ErrorReason
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +27,11 @@ def test_the_settings_are_those_that_the_commands_have() -> None:
     tool = [sys.executable, str(ROOT / "tools" / "document_settings.py"), "--check"]
     done = subprocess.run(tool, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_models_are_those_that_can_be_served() -> None:
+    listed = re.findall(r"^\| `(\w+ForCausalLM)` \|", (ROOT / "docs" / "models.md").read_text(), re.MULTILINE)
+    assert listed == list(FAMILY_DEFAULTS)
 
 
 def test_links_between_pages_lead_somewhere() -> None:

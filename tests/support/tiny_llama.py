@@ -1,4 +1,4 @@
-"""Random tiny Llama and Qwen3 checkpoints, made from a seed: small enough for tests, complete enough to be served."""
+"""Random tiny checkpoints of every family, made from a seed: small enough for tests, complete enough to be served."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ LLAMA3_SCALING: dict[str, object] = {
 }
 
 
-FAMILIES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 """By model_type."""
 
 
@@ -32,7 +37,7 @@ class TinyLlama:
     """The shape of a tiny model. The defaults have 4 query heads on 2 key heads and an untied head."""
 
     model_type: str = "llama"
-    """Or "qwen3": each query and key head has a norm."""
+    """Or "mistral"; "qwen2": queries, keys and values have biases; "qwen3": each query and key head has a norm."""
     vocab_size: int = 320
     hidden_size: int = 64
     intermediate_size: int = 96
@@ -44,15 +49,21 @@ class TinyLlama:
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    """Qwen2 and Mistral pay no attention to it."""
     mlp_bias: bool = False
+    """Llama alone pays attention to it."""
     eos_token_id: int | None = 2
     rope_theta: float = 10_000.0
     rope_scaling: dict[str, object] | None = None
     rope_parameters: dict[str, object] | None = None
+    use_sliding_window: bool | None = None
+    sliding_window: int | None = None
+    max_window_layers: int | None = None
+    layer_types: list[str] | None = None
     dtype: str = "float32"
 
     def config(self) -> dict[str, object]:
-        """``config.json``."""
+        """``config.json``; what is None is not in it."""
         shape = {key: value for key, value in asdict(self).items() if value is not None or key == "eos_token_id"}
         return {
             "architectures": [FAMILIES[self.model_type]],
@@ -64,6 +75,10 @@ class TinyLlama:
 
 TINY_QWEN3 = TinyLlama(model_type="qwen3", head_dim=24, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=True)
 """Heads larger than their share of the hidden size, and a tied head, as the small models of the family have."""
+TINY_QWEN2 = TinyLlama(model_type="qwen2", rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=True)
+"""As the small models of the family: a tied head, and three biases a layer."""
+TINY_MISTRAL = TinyLlama(model_type="mistral", head_dim=24, rope_theta=1e6)
+"""Heads that are not their share of the hidden size, as in Nemo."""
 
 
 def random_weights(shape: TinyLlama, seed: int) -> dict[str, Tensor]:
@@ -82,19 +97,22 @@ def random_weights(shape: TinyLlama, seed: int) -> dict[str, Tensor]:
         return {f"{name}.weight": 1 + random(size, scale=scale)}
 
     hidden, inner = shape.hidden_size, shape.intermediate_size
+    output_bias = shape.attention_bias and shape.model_type in ("llama", "qwen3")
+    qkv_bias = output_bias or shape.model_type == "qwen2"
+    mlp_bias = shape.mlp_bias and shape.model_type == "llama"
     queries, shared = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     found = {"model.embed_tokens.weight": random(shape.vocab_size, hidden, scale=1.0)}
     for number in range(shape.num_hidden_layers):
         layer = f"model.layers.{number}"
         for part, outputs in (("q", queries), ("k", shared), ("v", shared)):
-            found |= linear(f"{layer}.self_attn.{part}_proj", outputs, hidden, shape.attention_bias)
-        found |= linear(f"{layer}.self_attn.o_proj", hidden, queries, shape.attention_bias)
+            found |= linear(f"{layer}.self_attn.{part}_proj", outputs, hidden, qkv_bias)
+        found |= linear(f"{layer}.self_attn.o_proj", hidden, queries, output_bias)
         if shape.model_type == "qwen3":
             found |= norm(f"{layer}.self_attn.q_norm", shape.head_dim, 0.5)
             found |= norm(f"{layer}.self_attn.k_norm", shape.head_dim, 0.5)
-        found |= linear(f"{layer}.mlp.gate_proj", inner, hidden, shape.mlp_bias)
-        found |= linear(f"{layer}.mlp.up_proj", inner, hidden, shape.mlp_bias)
-        found |= linear(f"{layer}.mlp.down_proj", hidden, inner, shape.mlp_bias)
+        found |= linear(f"{layer}.mlp.gate_proj", inner, hidden, mlp_bias)
+        found |= linear(f"{layer}.mlp.up_proj", inner, hidden, mlp_bias)
+        found |= linear(f"{layer}.mlp.down_proj", hidden, inner, mlp_bias)
         found |= norm(f"{layer}.input_layernorm") | norm(f"{layer}.post_attention_layernorm")
     found |= norm("model.norm")
     if not shape.tie_word_embeddings:

@@ -225,6 +225,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Share of the GPU's memory that this worker may take, in (0, 1]."""
     resident: bool | None = None
     """Whether the batch lives on the device, which steps are then launched ahead of; None: on a GPU."""
+    attention_backend: str = "auto"
+    """What attends chunks of prompts: "triton" (our own kernel), "flash_attn" (where it is installed; 16-bit, on a
+    GPU), or "auto": the faster one for the shape of each step."""
     cuda_graphs: bool = True
     """Decode steps are replayed from CUDA graphs; off: every step is launched kernel by kernel."""
     plans_in_flight: int = 1
@@ -262,6 +265,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = ""
     parameters: int = 0
     weight_bytes: int = 0
+    attention_backends: tuple[str, ...] = ()
+    """What may attend chunks of prompts, in the order in which they are asked; empty: the executor has no choice."""
     max_repeat: int = 1
     """Most steps of one burst (StepPlan.repeat)."""
     startup_ms: dict[str, int] = {}

@@ -26,6 +26,17 @@ class Late(NamedTuple):
         return self.stream.float().square().mean(-1, keepdim=True).add(self.eps).rsqrt()
 
 
+def finish_product(product: Tensor, late: Late | None, bias: Tensor | None) -> Tensor:
+    """``product`` [rows, size] with what was left to whoever reads it: the factor of each row, then ``bias`` [size].
+
+    Computed in float32 and rounded once.
+    """
+    if late is None and bias is None:
+        return product
+    wide = product.float() if late is None else product * late.scale()
+    return (wide if bias is None else wide + bias).to(product.dtype)
+
+
 def late_pays(rows: int, size: int) -> bool:
     """Whether a step of so many ``rows`` of ``size`` elements is faster if it normalises late, as measured on an H200.
 

@@ -1,4 +1,4 @@
-"""What lies between the QKV product and attention: QK-norm, rotary embedding, keys and values into their pages."""
+"""Between the QKV product and attention: bias, QK-norm, rotary embedding, keys and values into their pages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.dispatch import uses_triton
-from penstock.kernels.norm import Late, rms_norm_reference
+from penstock.kernels.norm import Late, finish_product, rms_norm_reference
 
 
 def rotate_and_store(
@@ -22,6 +22,7 @@ def rotate_and_store(
     heads: int,
     kv_heads: int,
     late: Late | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Normalise and rotate queries and keys, and store keys and values.
 
@@ -30,12 +31,15 @@ def rotate_and_store(
     normalise each head before the rotation as :func:`penstock.kernels.norm.add_rms_norm` does (Qwen3); ``keys``,
     ``values`` [blocks, block_tokens, kv_heads, head_dim], contiguous; ``slot_mapping`` int64 [rows]: where in them,
     seen as [blocks · block_tokens, …], each row goes. Of rows that go to the same place any may stay there. Places are
-    not checked. ``late``: ``qkv`` is still to be scaled by it, and rounded.
+    not checked. ``late``: ``qkv`` is still to be scaled by it. ``bias`` [(heads + 2 · kv_heads) · head_dim]: is added
+    after that (Qwen2); what is rounded is the sum.
 
     Components ``i`` and ``i + head_dim / 2`` are a pair (Su et al. 2021), rotated in float32. Returns the queries
     [rows, heads, head_dim].
     """
-    arguments = (qkv, positions, cos_sin, q_weight, k_weight, eps, keys, values, slot_mapping, heads, kv_heads, late)
+    arguments = (
+        qkv, positions, cos_sin, q_weight, k_weight, eps, keys, values, slot_mapping, heads, kv_heads, late, bias
+    )  # fmt: skip
     if uses_triton(qkv):
         from penstock.kernels.rope_kernel import rotate_and_store_triton
 
@@ -56,10 +60,10 @@ def rotate_and_store_reference(
     heads: int,
     kv_heads: int,
     late: Late | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """The same in plain torch."""
-    if late is not None:
-        qkv = (qkv * late.scale()).to(qkv.dtype)
+    qkv = finish_product(qkv, late, bias)
     split = qkv.view(qkv.shape[0], heads + 2 * kv_heads, keys.shape[-1])
     query, key, value = split[:, :heads], split[:, heads : heads + kv_heads], split[:, heads + kv_heads :]
     if q_weight is not None:

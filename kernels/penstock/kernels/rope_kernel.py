@@ -34,10 +34,10 @@ def _store(target, low, high, mask, HALF: tl.constexpr):
 
 @triton.jit
 def rotate_and_store_kernel(
-    qkv, positions, cos_sin, q_weight, k_weight, eps, keys, values, slot_mapping, query, stream, stream_eps,
+    qkv, positions, cos_sin, q_weight, k_weight, eps, keys, values, slot_mapping, query, stream, stream_eps, bias,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
     HEAD_TILE: tl.constexpr, NORM: tl.constexpr, SIZE: tl.constexpr, SIZE_TILE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    BIAS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """SIZE: of a row of ``stream``, 0 without one."""
     HEAD_DIM: tl.constexpr = 2 * HALF
@@ -48,29 +48,37 @@ def rotate_and_store_kernel(
     half = tl.arange(0, TILE)
     inside = half < HALF
     there = (head < ALL_HEADS) & inside[None, :]
-    source = qkv + row * (ALL_HEADS * HEAD_DIM) + head * HEAD_DIM + half[None, :]
+    component = head * HEAD_DIM + half[None, :]
+    source = qkv + row * (ALL_HEADS * HEAD_DIM) + component
     position = tl.load(positions + row).to(tl.int64)
     place = tl.load(slot_mapping + row) * (KV_HEADS * HEAD_DIM)
     angle = cos_sin + position * HEAD_DIM + half
     cos = tl.load(angle, mask=inside, other=0.0)[None, :]
     sin = tl.load(angle + HALF, mask=inside, other=0.0)[None, :]
+    if BIAS:
+        bias_first = tl.load(bias + component, mask=there, other=0.0).to(tl.float32)
+        bias_second = tl.load(bias + component + HALF, mask=there, other=0.0).to(tl.float32)
     release_next(OVERLAP)
     wait_for_previous(OVERLAP)
     raw_first = tl.load(source, mask=there, other=0.0)
     raw_second = tl.load(source + HALF, mask=there, other=0.0)
 
+    first, second = raw_first.to(tl.float32), raw_second.to(tl.float32)
     if SIZE > 0:
         scale = late_scale(stream, row, stream_eps, SIZE, SIZE_TILE)
-        raw_first = (raw_first.to(tl.float32) * scale).to(element)
-        raw_second = (raw_second.to(tl.float32) * scale).to(element)
-    first, second = raw_first.to(tl.float32), raw_second.to(tl.float32)
+        first, second = first * scale, second * scale
+    if BIAS:
+        first, second = first + bias_first, second + bias_second
+    if SIZE > 0 or BIAS:
+        raw_first, raw_second = first.to(element), second.to(element)
+        first, second = raw_first.to(tl.float32), raw_second.to(tl.float32)
     if NORM:
         first, second = _normalised(first, second, q_weight, k_weight, head < HEADS, half, inside, eps, HALF)
     low = (first * cos - second * sin).to(element)
     high = (second * cos + first * sin).to(element)
 
     key_head, value_head = head - HEADS, head - HEADS - KV_HEADS
-    _store(query + row * (HEADS * HEAD_DIM) + head * HEAD_DIM + half[None, :], low, high, there & (head < HEADS), HALF)
+    _store(query + row * (HEADS * HEAD_DIM) + component, low, high, there & (head < HEADS), HALF)
     is_key = there & (key_head >= 0) & (value_head < 0)
     _store(keys + place + key_head * HEAD_DIM + half[None, :], low, high, is_key, HALF)
     is_value = there & (value_head >= 0)
@@ -95,6 +103,7 @@ def rotate_and_store_triton(
     heads: int,
     kv_heads: int,
     late: Late | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """See :func:`penstock.kernels.rope.rotate_and_store`."""
     rows, head_dim = qkv.shape[0], keys.shape[-1]
@@ -105,8 +114,8 @@ def rotate_and_store_triton(
         size = stream.shape[1] if late else 0
         rotate_and_store_kernel[(rows, triton.cdiv(heads + 2 * kv_heads, tile))](
             qkv, positions, cos_sin, q_weight, k_weight, eps, keys, values, slot_mapping, query, stream, stream_eps,
-            heads, kv_heads, head_dim // 2, triton.next_power_of_2(head_dim // 2), tile, q_weight is not None,
-            size, triton.next_power_of_2(max(1, size)),
+            bias, heads, kv_heads, head_dim // 2, triton.next_power_of_2(head_dim // 2), tile, q_weight is not None,
+            size, triton.next_power_of_2(max(1, size)), bias is not None,
             overlaps(rows), num_warps=warps, **launch_options(rows),
         )  # fmt: skip
     return query

@@ -27,7 +27,10 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model_dir: Annotated[
         Path | None,
-        Meta(description="A Llama-family checkpoint with its tokenizer.json. None: the model that is shipped."),
+        Meta(
+            description="A Llama, Mistral, Qwen2 or Qwen3 checkpoint with its tokenizer.json. "
+            "None: the model that is shipped."
+        ),
     ] = None
     grpc_address: Annotated[str, Meta(description="Where the service listens; port 0 takes a free one.")] = (
         "127.0.0.1:50051"

@@ -20,6 +20,7 @@ _COMMANDS: Mapping[str, str] = MappingProxyType(
         "trace": "penstock.local.trace",
         "demo": "penstock.local.demo",
         "bench": "penstock.local.measure.main",
+        "tune": "penstock.local.tune",
     }
 )
 
@@ -32,6 +33,7 @@ commands:
   trace [TRACE_ID]    draw a request's trace, the latest without an id
   demo                serve, generate, trace and stop, in one go
   bench throughput    how fast a model is here, and how fast it could be; also: bench latency
+  tune MODEL_DIR      measure how a model's steps of few rows are best computed on this GPU
   service             start one service
   scheduler           start one scheduler with its engine
 

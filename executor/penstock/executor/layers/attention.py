@@ -1,4 +1,4 @@
-"""Attention of a layer: normalise heads, rotate, store keys and values in the pages, attend.
+"""Attention of a layer: add biases, normalise heads, rotate, store keys and values in the pages, attend.
 
 :class:`PagedAttention` says what a layer's attention is; an :class:`AttentionStep` knows which rows a step has, where
 their keys and values go and by what they are computed. :class:`AttentionBatch` is that step in plain torch.
@@ -23,7 +23,7 @@ from penstock.kernels.attention.reference import (
     slot_mapping,
     write_kv,
 )
-from penstock.kernels.norm import Late
+from penstock.kernels.norm import Late, finish_product
 
 
 class LayerCache(NamedTuple):
@@ -39,8 +39,8 @@ class AttentionStep(Protocol):
     def attend(self, qkv: Tensor, attention: PagedAttention, cache: LayerCache, late: Late | None = None) -> Tensor:
         """``qkv`` [rows, (heads + 2 kv_heads) * head_dim], the merged product → [rows, heads * head_dim].
 
-        ``late``: the normalisation of the product's rows, if that is still to come. The keys and values of these rows
-        are in ``cache`` afterwards.
+        ``late``: the normalisation of the product's rows, if that is still to come; the bias comes behind it. The keys
+        and values of these rows are in ``cache`` afterwards.
         """
         ...
 
@@ -55,13 +55,18 @@ class PagedAttention:
         head_dim: int,
         rotary: RotaryEmbedding,
         *,
+        bias: Tensor | None = None,
         q_norm: RMSNorm | None = None,
         k_norm: RMSNorm | None = None,
     ) -> None:
-        """``heads`` is a multiple of ``kv_heads``; both norms, of size ``head_dim``, or none (Dehghani et al. 2023)."""
+        """``heads`` is a multiple of ``kv_heads``; ``bias`` [(heads + 2 kv_heads) * head_dim] of the merged product.
+
+        Both norms, of size ``head_dim``, or none (Dehghani et al. 2023).
+        """
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.scale = head_dim**-0.5
         self.rotary = rotary
+        self.bias = bias
         self.q_norm, self.k_norm = q_norm, k_norm
 
     def __call__(self, qkv: Tensor, step: AttentionStep, cache: LayerCache, late: Late | None = None) -> Tensor:
@@ -105,8 +110,7 @@ class AttentionBatch:
 
     def attend(self, qkv: Tensor, attention: PagedAttention, cache: LayerCache, late: Late | None = None) -> Tensor:
         """See :class:`AttentionStep`."""
-        if late is not None:
-            qkv = (qkv * late.scale()).to(qkv.dtype)
+        qkv = finish_product(qkv, late, attention.bias)
         heads, both = attention.heads, attention.heads + attention.kv_heads
         split = qkv.view(qkv.shape[0], -1, attention.head_dim)
         turned = self._rotation(attention.rotary, qkv.dtype).apply(_normalised(split[:, :both], attention))

@@ -45,17 +45,25 @@ class Linear:
         self.weight = place.empty(outputs + adapter_rows, inputs)
         self.weight[outputs:].zero_()
         self.bias = place.empty(outputs) if bias else None
-        self._base = self.weight[:outputs]
+        self.base = self.weight[:outputs]
+        """[all outputs, inputs]: without the rows of adapters."""
         self._products = place.products
         self._group = place.group if partial else ALONE
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, inputs] → [rows, all outputs]; no adapter takes part."""
         bias = self.bias if self._group.rank == 0 else None  # a sum over the ranks has it once
-        return self._group.all_reduce(self._products(x, self._base, bias))
+        return self._group.all_reduce(self._products(x, self.base, bias))
+
+    def product(self, x: Tensor) -> Tensor:
+        """The same without the bias: for whoever adds it in passing."""
+        return self._group.all_reduce(self._products(x, self.base))
 
     def absorb(self, norm: RMSNorm) -> None:
-        """Take over the weight of the norm of this map's input; what is left of the norm is a factor for each row."""
+        """Take over the weight of the norm of this map's input; what is left of the norm is a factor for each row.
+
+        It is a factor of the product, not of the bias.
+        """
         self.weight.mul_(norm.weight)
         norm.weight.fill_(1)
 
@@ -63,13 +71,13 @@ class Linear:
         """Add the map of ``x`` [rows, inputs] to ``residual`` [rows, all outputs], in place; without a bias only."""
         if self._group.size > 1:  # the residual is no part of the sum over the ranks
             return residual.add_(self(x))
-        return self._products.add_to(residual, x, self._base)
+        return self._products.add_to(residual, x, self.base)
 
     def in_parts(self, x: Tensor) -> Tensor:
         """The same, or float32 [parts, rows, all outputs] of which it is the sum, where that is faster: for a norm."""
         whole = self.bias is None and self._group.size == 1
-        shape = split_shape(x, self._base) if whole else None
-        return self(x) if shape is None else split_product(x, self._base, shape)
+        shape = split_shape(x, self.base) if whole else None
+        return self(x) if shape is None else split_product(x, self.base, shape)
 
     def gated(self, x: Tensor, late: Late | None = None) -> Tensor:
         """[rows, inputs] → [rows, half of the outputs]: ``silu`` of the first half times the second.
@@ -78,14 +86,14 @@ class Linear:
         """
         if late is not None:
             return silu_mul(self(x), late)
-        shape = gated_shape(x, self._base) if self.bias is None else None
-        return silu_mul(self(x)) if shape is None else gated_product(x, self._base, shape)
+        shape = gated_shape(x, self.base) if self.bias is None else None
+        return silu_mul(self(x)) if shape is None else gated_product(x, self.base, shape)
 
     def destinations(self, name: str) -> dict[str, Tensor]:
         """The checkpoint tensors under ``name`` and the rows of this map that each fills."""
         sizes = list(self.parts.values())
         found: dict[str, Tensor] = {}
-        for kind, parameter in (("weight", self._base), ("bias", self.bias)):
+        for kind, parameter in (("weight", self.base), ("bias", self.bias)):
             if parameter is not None:
                 for part, rows in zip(self.parts, torch.split(parameter, sizes), strict=True):
                     found[f"{name}.{part}.{kind}"] = rows

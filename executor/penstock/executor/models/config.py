@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar, cast
@@ -20,6 +21,10 @@ HALF_DTYPES = ("bfloat16", "float16")
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Where exporters that do not write into ``config.json`` say it."""
+LAYER_KINDS = ("full_attention", "sliding_attention")
+DEFAULT_WINDOW = 4096
+DEFAULT_FULL_LAYERS = 28
+"""Of ``sliding_window`` and of ``max_window_layers``, in any family that reads them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +52,17 @@ class ModelConfig:
     kv_heads: int
     head_dim: int
     max_positions: int
+    """Most tokens of a sequence: what the model was trained for, and no more than ``window``."""
+    window: int | None
+    """Tokens that the layers which do not see the whole past attend over, the newest included; None: all layers see
+    all of it. A sequence that is no longer than the window is all that such a layer would see, so that full attention,
+    the only kind there is here, computes the same."""
     norm_eps: float
     rope: RopeConfig
     tied_head: bool
-    attention_bias: bool
+    qkv_bias: bool
+    output_bias: bool
+    """Of the attention block's output product."""
     mlp_bias: bool
     eos_ids: tuple[int, ...]
     dtype: ModelDtype
@@ -59,16 +71,33 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class FamilyDefaults:
-    """What ``config.json`` leaves out if it is this."""
+    """How a family reads ``config.json``: values of keys that are absent, and which keys it asks at all.
+
+    As the configuration classes of ``transformers`` have it, against which this is tested.
+    """
 
     max_positions: int
     head_dim: int | None = None
     """None: the share of a head in the hidden size."""
+    kv_heads: int | None = None
+    """None: as many as there are query heads, which an explicit null means in any family."""
+    eos_id: int | None = None
+    """If ``generation_config.json`` names none either."""
+    attention_bias: Literal["key", "qkv", "none"] = "none"
+    """The key of that name is asked, for all four products; or queries, keys and values have biases, or nothing has,
+    whatever the key says."""
+    mlp_bias: bool = False
+    """Whether the key of that name is asked."""
+    windows: Literal["none", "all", "upper"] = "none"
+    """Which layers have the window ``sliding_window``: all; or, if ``use_sliding_window``, those that ``layer_types``
+    names, else those from ``max_window_layers`` on."""
 
 
 FAMILY_DEFAULTS = {
-    "LlamaForCausalLM": FamilyDefaults(max_positions=2048),
-    "Qwen3ForCausalLM": FamilyDefaults(max_positions=32_768, head_dim=128),
+    "LlamaForCausalLM": FamilyDefaults(2048, eos_id=2, attention_bias="key", mlp_bias=True),
+    "MistralForCausalLM": FamilyDefaults(131_072, kv_heads=8, eos_id=2, windows="all"),
+    "Qwen2ForCausalLM": FamilyDefaults(32_768, kv_heads=32, attention_bias="qkv", windows="upper"),
+    "Qwen3ForCausalLM": FamilyDefaults(32_768, head_dim=128, kv_heads=32, attention_bias="key", windows="upper"),
 }
 """By the name in ``architectures``: those that can be served."""
 
@@ -82,11 +111,11 @@ def read_config(folder: Path) -> ModelConfig:
     fields = ConfigFields(path, read_json_object(path))
     architecture = _architecture(fields)
     _refuse_quantized(folder, fields)
-    _refuse_windows(fields)
     activation = fields.text("hidden_act", "silu")
     if activation != "silu":
         raise CheckpointError(path, f"hidden_act {activation!r} is not supported, only 'silu'")
-    config = _model_config(architecture, fields, _eos_ids(folder, fields))
+    eos_ids = _eos_ids(folder, fields, FAMILY_DEFAULTS[architecture].eos_id)
+    config = _model_config(architecture, fields, eos_ids)
     _check_shape(path, config)
     return config
 
@@ -115,12 +144,16 @@ class ConfigFields:
     path: Path
     raw: JsonObject
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A positive integer."""
+    def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        """An integer, positive unless ``least`` says otherwise."""
         value = self._get(key, int, default)
-        if value < 1:
-            raise CheckpointError(self.path, f"{key} is {value}, must be at least 1")
+        if value < least:
+            raise CheckpointError(self.path, f"{key} is {value}, must be at least {least}")
         return value
+
+    def is_null(self, key: str) -> bool:
+        """Whether the key is there, and null."""
+        return key in self.raw and self.raw[key] is None
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive, finite number; an integer will do."""
@@ -165,22 +198,28 @@ class ConfigFields:
 def _model_config(architecture: str, fields: ConfigFields, eos_ids: tuple[int, ...]) -> ModelConfig:
     defaults = FAMILY_DEFAULTS[architecture]
     heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
-    max_positions = fields.integer("max_position_embeddings", defaults.max_positions)
+    layers = fields.integer("num_hidden_layers")
+    trained = fields.integer("max_position_embeddings", defaults.max_positions)
+    window = _window(architecture, fields, layers)
+    kv_heads = heads if fields.is_null("num_key_value_heads") else defaults.kv_heads or heads
+    all_biases = defaults.attention_bias == "key" and fields.flag("attention_bias", False)
     return ModelConfig(
         architecture=architecture,
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden,
         intermediate_size=fields.integer("intermediate_size"),
-        layers=fields.integer("num_hidden_layers"),
+        layers=layers,
         heads=heads,
-        kv_heads=fields.integer("num_key_value_heads", heads),
+        kv_heads=fields.integer("num_key_value_heads", kv_heads),
         head_dim=fields.integer("head_dim", defaults.head_dim or max(hidden // heads, 1)),
-        max_positions=max_positions,
+        max_positions=min(trained, window or trained),
+        window=window,
         norm_eps=fields.number("rms_norm_eps", 1e-6),
-        rope=_rope(fields, max_positions),
+        rope=_rope(fields, trained),
         tied_head=fields.flag("tie_word_embeddings", False),
-        attention_bias=fields.flag("attention_bias", False),
-        mlp_bias=fields.flag("mlp_bias", False),
+        qkv_bias=all_biases or defaults.attention_bias == "qkv",
+        output_bias=all_biases,
+        mlp_bias=defaults.mlp_bias and fields.flag("mlp_bias", False),
         eos_ids=eos_ids,
         dtype=_dtype(fields),
     )
@@ -216,13 +255,41 @@ def _refuse_quantized(folder: Path, fields: ConfigFields) -> None:
             raise CheckpointError(folder / file, "quantized checkpoints are not supported")
 
 
-def _refuse_windows(fields: ConfigFields) -> None:
-    """Attention that does not see the whole past."""
-    if fields.flag("use_sliding_window", False):
-        raise CheckpointError(fields.path, "sliding windows (use_sliding_window) are not supported")
+def _window(architecture: str, fields: ConfigFields, layers: int) -> int | None:
+    """The window of the layers that have one; None if no layer has.
+
+    Raises CheckpointError for layers that attend in a way that is unknown, or in a window whose size is not told.
+    """
+    which = FAMILY_DEFAULTS[architecture].windows
+    used = which == "all" or fields.flag("use_sliding_window", False)
+    if used and which == "none":
+        raise CheckpointError(fields.path, f"use_sliding_window is true, {architecture} has no sliding windows")
+    kinds = _layer_kinds(fields, LAYER_KINDS[:1] if which == "none" else LAYER_KINDS, layers)
+    if not used or fields.is_null("sliding_window"):
+        if kinds is not None and "sliding_attention" in kinds:
+            fault = "layer_types has 'sliding_attention', and there is no sliding_window in use"
+            raise CheckpointError(fields.path, fault)
+        return None
+    window = fields.integer("sliding_window", DEFAULT_WINDOW)
+    if which == "all":
+        return window
+    if kinds is None:
+        full = fields.integer("max_window_layers", DEFAULT_FULL_LAYERS, least=0)
+        return window if full < layers else None
+    return window if "sliding_attention" in kinds else None
+
+
+def _layer_kinds(fields: ConfigFields, supported: Sequence[str], layers: int) -> list[str] | None:
+    """What ``layer_types`` says of each layer; None if it is absent."""
     kinds = fields.raw.get("layer_types")
-    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
-        raise CheckpointError(fields.path, f"layer_types {kinds!r:.60} are not supported, only 'full_attention'")
+    if kinds is None:
+        return None
+    if not isinstance(kinds, list) or any(kind not in supported for kind in kinds):
+        names = " and ".join(map(repr, supported))
+        raise CheckpointError(fields.path, f"layer_types {kinds!r:.60} are not supported, only {names}")
+    if len(kinds) != layers:
+        raise CheckpointError(fields.path, f"layer_types has {len(kinds)} entries, num_hidden_layers is {layers}")
+    return kinds
 
 
 def _dtype(fields: ConfigFields) -> ModelDtype:
@@ -267,12 +334,14 @@ def _llama3_rope(theta: float, scaling: ConfigFields, max_positions: int) -> Rop
     return rope
 
 
-def _eos_ids(folder: Path, fields: ConfigFields) -> tuple[int, ...]:
-    """Every id that ends a sequence, in either file, in rising order."""
+def _eos_ids(folder: Path, fields: ConfigFields, default: int | None) -> tuple[int, ...]:
+    """Every id that ends a sequence, in either file, in rising order; ``default`` if neither has the key."""
     found = _token_ids(fields, "eos_token_id")
     generation = folder / GENERATION_FILE
     if generation.exists():
         found |= _token_ids(ConfigFields(generation, read_json_object(generation)), "eos_token_id")
+    if not found and default is not None and "eos_token_id" not in fields.raw:
+        return (default,)
     return tuple(sorted(found))
 
 

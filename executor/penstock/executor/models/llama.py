@@ -1,5 +1,8 @@
 """The Llama family (Touvron et al. 2023; Grattafiori et al. 2024): every model that is shaped like it.
 
+Mistral (Jiang et al. 2023) and Qwen2 (Yang et al. 2024) are, but for what :class:`ModelConfig` says: a window of
+attention, biases of queries, keys and values.
+
 x  = embed(ids)
 x += output(attention(rotate(q, k), v))     of  norm(x)       in every layer
 x += down(silu(gate) · up)                  of  norm(x)
@@ -18,12 +21,16 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from penstock.executor.layers.attention import AttentionStep, LayerCache, PagedAttention
+from penstock.executor.layers.few_rows import LayerWeights, StepWeights
 from penstock.executor.layers.linear import Linear
 from penstock.executor.layers.norm import RMSNorm
 from penstock.executor.layers.parallel import ALONE, Group
 from penstock.executor.layers.placement import Placement
 from penstock.executor.layers.rotary import RotaryEmbedding
 from penstock.executor.models.config import ModelConfig
+from penstock.kernels.gemv.attention import HeadNorms
+from penstock.kernels.gemv.product import Norm
+from penstock.kernels.gemv.shapes import LayerSizes
 from penstock.kernels.norm import late_pays
 
 
@@ -42,22 +49,22 @@ class SelfAttention:
         """Parameters are left unset. Llama has no norms of heads; see :class:`PagedAttention` for families that do."""
         queries, shared = config.heads * config.head_dim, config.kv_heads * config.head_dim
         parts = {"q_proj": queries, "k_proj": shared, "v_proj": shared}
-        self.qkv = Linear(config.hidden_size, parts, place, bias=config.attention_bias)
+        self.qkv = Linear(config.hidden_size, parts, place, bias=config.qkv_bias)
         self.attend = PagedAttention(
-            config.heads, config.kv_heads, config.head_dim, rotary, q_norm=q_norm, k_norm=k_norm
+            config.heads, config.kv_heads, config.head_dim, rotary, bias=self.qkv.bias, q_norm=q_norm, k_norm=k_norm
         )
-        self.output = Linear(queries, {"o_proj": config.hidden_size}, place, bias=config.attention_bias, partial=True)
+        self.output = Linear(queries, {"o_proj": config.hidden_size}, place, bias=config.output_bias, partial=True)
 
     def __call__(self, x: Tensor, step: AttentionStep, cache: LayerCache, chosen: Tensor | None) -> Tensor:
         """[rows, hidden] → [rows, hidden]; of the ``chosen`` rows only unless that is None."""
-        attended = self.attend(self.qkv(x), step, cache)
+        attended = self.attend(self.qkv.product(x), step, cache)
         return self.output.in_parts(attended if chosen is None else attended.index_select(0, chosen))
 
     def onto(
         self, stream: Tensor, norm: RMSNorm, step: AttentionStep, cache: LayerCache, chosen: Tensor | None
     ) -> Tensor:
         """The same of the normalised ``stream``, the norm's weight absorbed, and added to it."""
-        attended = self.attend(self.qkv(stream), step, cache, norm.late(stream))
+        attended = self.attend(self.qkv.product(stream), step, cache, norm.late(stream))
         if chosen is not None:
             attended, stream = attended.index_select(0, chosen), stream.index_select(0, chosen)
         return self.output.onto(attended, stream)
@@ -105,8 +112,12 @@ class Layer:
         self.absorbed = False
 
     def absorb_norms(self) -> None:
-        """Make the norms' weights part of the products behind them, unless these have biases."""
-        if self.attention.qkv.bias is None and self.feed_forward.gate_up.bias is None:
+        """Make the norms' weights part of the products behind them, unless biases are in the way.
+
+        That of queries, keys and values is not: attention adds it behind the norm's factor. The others would be scaled
+        by it, or are of products that add to the stream.
+        """
+        if all(linear.bias is None for linear in self.linears()[1:]):
             self.attention.qkv.absorb(self.attention_norm)
             self.feed_forward.gate_up.absorb(self.feed_forward_norm)
             self.absorbed = True
@@ -125,6 +136,28 @@ class Layer:
         x = self.attention(x, step, cache, chosen)
         x, residual = self.feed_forward_norm(x, residual if chosen is None else residual.index_select(0, chosen))
         return self.feed_forward(x), residual
+
+    def few_rows(self) -> LayerWeights | None:
+        """Its parameters for steps of few rows; None: those have no place for its biases."""
+        attend, feed_forward = self.attention.attend, self.feed_forward
+        if any(linear.bias is not None for linear in self.linears()[1:]):
+            return None
+        head_norms = None
+        if attend.q_norm is not None and attend.k_norm is not None:
+            head_norms = HeadNorms(attend.q_norm.weight, attend.k_norm.weight, attend.q_norm.eps)
+        return LayerWeights(
+            self._norm_before(self.attention_norm),
+            self.attention.qkv.base,
+            self.attention.qkv.bias,
+            head_norms,
+            self.attention.output.base,
+            self._norm_before(self.feed_forward_norm),
+            feed_forward.gate_up.base,
+            feed_forward.down.base,
+        )
+
+    def _norm_before(self, norm: RMSNorm) -> Norm:
+        return Norm(None if self.absorbed else norm.weight, norm.eps)
 
     def linears(self) -> tuple[Linear, ...]:
         """The products of the layer."""
@@ -191,6 +224,29 @@ class Llama:
         """See :class:`penstock.executor.models.registry.Model`."""
         weights = [linear.weight for layer in self.layers for linear in layer.linears()]
         self.place.products.tune(rows, [*weights, *([self.head] if head else [])], limit_s=limit_s)
+
+    def few_rows(self) -> StepWeights | None:
+        """See :class:`penstock.executor.models.registry.Model`."""
+        layers = [layer.few_rows() for layer in self.layers]
+        config = self.config
+        if self.place.group.size > 1 or any(layer is None for layer in layers):
+            return None  # those kernels add up nothing over the ranks
+        return StepWeights(
+            LayerSizes(
+                config.hidden_size,
+                config.intermediate_size,
+                config.heads,
+                config.kv_heads,
+                config.head_dim,
+                config.vocab_size,
+            ),
+            self.embedding,
+            [layer for layer in layers if layer is not None],
+            Norm(self.norm.weight, self.norm.eps),
+            self.head,
+            self.rotary.table,
+            self.layers[0].attention.attend.scale,
+        )
 
     def destinations(self) -> dict[str, Tensor]:
         """For each tensor of a checkpoint the (part of a) parameter that it fills."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from penstock.executor.layers.attention import AttentionStep, LayerCache
+from penstock.executor.layers.few_rows import StepWeights
 from penstock.executor.layers.parallel import ALONE, Group
 from penstock.executor.models.config import ModelConfig
 from penstock.executor.models.llama import Llama
@@ -47,6 +48,13 @@ class Model(Protocol):
         """
         ...
 
+    def few_rows(self) -> StepWeights | None:
+        """Its parameters for the kernels that compute whole steps of few rows; None: these do not take it.
+
+        To be called when the parameters are set and the norms absorbed, if they are to be.
+        """
+        ...
+
     def tune(self, rows: Sequence[int], limit_s: float, *, head: bool = True) -> None:
         """Choose the fastest products for steps of these numbers of ``rows``; on a GPU only, before any capture.
 
@@ -66,8 +74,11 @@ class Model(Protocol):
 
 FAMILIES: Final[dict[str, Callable[[ModelConfig, torch.dtype, torch.device, Group], Model]]] = {
     "LlamaForCausalLM": Llama,
+    "MistralForCausalLM": Llama,
+    "Qwen2ForCausalLM": Llama,
     "Qwen3ForCausalLM": Qwen3,
 }
+"""By the name in ``architectures``; what tells Mistral and Qwen2 from Llama is in the configuration alone."""
 
 
 def build_model(config: ModelConfig, dtype: torch.dtype, device: torch.device, group: Group = ALONE) -> Model:

@@ -17,7 +17,9 @@ from torch import Tensor
 from penstock.executor.models.config import CONFIG_FILE, ModelConfig
 from penstock.executor.models.errors import CheckpointError
 
-SPREAD_ARCHITECTURES: Final = frozenset({"LlamaForCausalLM", "Qwen3ForCausalLM"})
+SPREAD_ARCHITECTURES: Final = frozenset(
+    {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+)
 """Those whose every product is of whole heads, or of inner features that stand alone."""
 
 

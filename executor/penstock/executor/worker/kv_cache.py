@@ -34,12 +34,14 @@ class PageShape:
         return cls(config.layers, block_tokens, config.kv_heads, config.head_dim, dtype)
 
 
-def longest_sequence(spec: ModelSpec, positions: int) -> int:
-    """Most tokens of a sequence. Raises ValueError if more are asked for than the model's ``positions``."""
+def longest_sequence(spec: ModelSpec, config: ModelConfig) -> int:
+    """Most tokens of a sequence. Raises ValueError if more are asked for than the model can take."""
+    most = config.max_positions
     if spec.max_model_tokens is None:
-        return positions
-    if not 1 <= spec.max_model_tokens <= positions:
-        raise ValueError(f"max_model_tokens {spec.max_model_tokens} is not within the model's {positions}")
+        return most
+    if not 1 <= spec.max_model_tokens <= most:
+        of_window = ", its sliding window" if most == config.window else ""
+        raise ValueError(f"max_model_tokens {spec.max_model_tokens} is not within the model's {most}{of_window}")
     return spec.max_model_tokens
 
 

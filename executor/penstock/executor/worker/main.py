@@ -73,7 +73,14 @@ def serve(arguments: WorkerArguments, link: Link) -> None:
         link.say(PROGRESS, msgspec.msgpack.encode(Stage(name, done, total)))
 
     worker = Worker.start(arguments.spec, progress)
-    log.info("worker.ready", device=worker.info.device, ms=worker.info.startup_ms, bytes=worker.info.memory_bytes)
+    info = worker.info
+    log.info(
+        "worker.ready",
+        device=info.device,
+        attention=info.attention_backends,
+        ms=info.startup_ms,
+        bytes=info.memory_bytes,
+    )
     pipeline = Pipeline(worker.runner, link.take, link.give, link.fail)
     collector = threading.Thread(target=pipeline.collect_all, name="collect", daemon=True)
     gc.collect()

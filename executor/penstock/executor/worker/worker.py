@@ -15,6 +15,7 @@ from penstock.executor.launcher import read_launch
 from penstock.executor.layers.parallel import ALONE, Group
 from penstock.executor.models.errors import CheckpointError, one_line
 from penstock.executor.step import ModelInfo, ModelSpec
+from penstock.executor.worker.device.prefill import check_backend
 from penstock.executor.worker.kv_cache import PageShape, allocate_pages, count_blocks, longest_sequence
 from penstock.executor.worker.model_runner import LoadedModel, ModelRunner, load_model
 from penstock.executor.worker.runner import Runner
@@ -41,6 +42,7 @@ class Worker:
             with group.together():
                 _check(spec)
                 device = choose_device(spec.device) if group.size == 1 else choose_rank_device(spec.device)
+                check_backend(spec.attention_backend, device)
                 torch.set_num_threads(_threads(spec))
             group.require_same("the kind of device", device.type)
             resident = device.type == "cuda" if spec.resident is None else spec.resident
@@ -64,7 +66,7 @@ class Worker:
                 Path(spec.path), spec.dtype, on_bytes, device=device, load_format=spec.load_format, group=group
             )
             shape = PageShape.of(loaded.shard, spec.block_tokens, loaded.dtype)
-            longest = longest_sequence(spec, loaded.config.max_positions)
+            longest = longest_sequence(spec, loaded.config)
             blocks = count_blocks(spec, shape, longest)
         group.require_same("the model", loaded.digest)
         blocks = group.least(blocks)
@@ -86,6 +88,7 @@ class Worker:
         info = msgspec.structs.replace(
             _describe(spec, started.loaded, started.capacity),
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            attention_backends=started.attention,
             max_repeat=MAX_REPEAT,
             startup_ms=started.report.milliseconds,
             memory_bytes=started.report.bytes,

@@ -76,16 +76,28 @@ def finish(
     value = forbid(value, entries, vocabulary, stops, forbidden_stops(slot, outputs, min_tokens, stop_count))
     if FILTERED:
         value = tl.where(value >= tl.load(floors + row), value, float("-inf"))
-    quads = tile * (TILE // 4) + tl.arange(0, TILE // 4)
-    value += warmth * gumbel(quads, last + 1, sample, _ENTRY_LEVEL, seed, TILE)
-    token = lowest_of_best(value, entries)
+    token = entry_of_tile(value, entries, tile, warmth, last + 1, sample, seed, TILE)
+    advance(slot, token, last, live, last_token, computed, outputs, max_tokens, stop_count, stops, STOP_IDS)
+    tl.store(tokens + row, token)
+    tl.store(status + row, MADE)
 
+
+@triton.jit
+def entry_of_tile(value, entries, tile, warmth, position, sample, seed, TILE: tl.constexpr):
+    """The entry that is chosen of a tile: ``value`` float32 [TILE] are the logits of ``entries``."""
+    quads = tile * (TILE // 4) + tl.arange(0, TILE // 4)
+    return lowest_of_best(value + warmth * gumbel(quads, position, sample, _ENTRY_LEVEL, seed, TILE), entries)
+
+
+@triton.jit
+def advance(
+    slot, token, last, live, last_token, computed, outputs, max_tokens, stop_count, stops, STOP_IDS: tl.constexpr
+):
+    """The slot has made ``token``; a stop id or the last of its tokens ends it. ``stops``: where its stop ids begin."""
     made = tl.load(outputs + slot) + 1
     tl.store(outputs + slot, made)
     tl.store(computed + slot, last + 1)
     tl.store(last_token + slot, token)
-    tl.store(tokens + row, token)
-    tl.store(status + row, MADE)
     indexes = tl.arange(0, STOP_IDS)
     stop = tl.load(stops + indexes, mask=indexes < tl.load(stop_count + slot), other=-1)
     if (tl.max((stop == token).to(tl.int32), axis=0) > 0) | (made >= tl.load(max_tokens + slot)):

@@ -55,6 +55,9 @@ class BenchConfig(msgspec.Struct, frozen=True, kw_only=True):
     load_format: Annotated[
         Literal["safetensors", "dummy"], Meta(description="dummy: weights are drawn instead of read.")
     ] = "safetensors"
+    attention_backend: Annotated[
+        Literal["auto", "triton", "flash_attn"], Meta(description="What attends prompts on a GPU.")
+    ] = "auto"
     max_sequences: Annotated[Count | None, Meta(description="None: 64 on a CPU, 256 on a GPU.")] = None
     max_step_tokens: Annotated[Count | None, Meta(description="None: 512 on a CPU, 16384 on a GPU.")] = None
     max_model_tokens: Annotated[Count | None, Meta(description="None: the model's own.")] = None
@@ -105,6 +108,7 @@ def _start(config: BenchConfig) -> LLM:
         device=config.device,
         dtype=config.dtype,
         load_format=config.load_format,
+        attention_backend=config.attention_backend,
         max_sequences=config.max_sequences,
         max_step_tokens=config.max_step_tokens,
         max_model_tokens=config.max_model_tokens,
@@ -236,6 +240,7 @@ def _result(kind: str, config: BenchConfig, llm: LLM, ceilings: Ceilings, figure
         "commit": _commit(),
         "ceilings": msgspec.to_builtins(ceilings),
         "model": {"dtype": info.dtype, "parameters": info.parameters, "weight_bytes": info.weight_bytes},
+        "attention_backends": info.attention_backends,
         "startup_ms": info.startup_ms,
         "memory_bytes": info.memory_bytes,
         **figures,

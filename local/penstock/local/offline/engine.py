@@ -82,7 +82,10 @@ class _Sample:
 
 
 class LLMEngine:
-    """Requests in, steps, outputs out. Not thread-safe; close it, or use it in a ``with``."""
+    """Requests in, steps, outputs out. Close it, or use it in a ``with``.
+
+    One thread drives it; ``encode`` and ``interrupt`` may be called from any.
+    """
 
     def __init__(
         self,
@@ -99,6 +102,7 @@ class LLMEngine:
         num_blocks: int | None = None,
         kv_cache_bytes: int | None = None,
         gpu_memory_utilization: float = 0.9,
+        attention_backend: str = "auto",
         cuda_graphs: bool = True,
         threads: int | None = None,
         tensor_parallel: int | None = None,
@@ -109,7 +113,8 @@ class LLMEngine:
         """Load the model of a local folder.
 
         ``executor``: "uniproc" (the model in this process), "multiprocess" (in one of its own), "simulated", or "auto":
-        multiprocess if there is a GPU. None: 64 sequences and steps of 512 tokens on a CPU, 256 and 16,384 on a GPU.
+        multiprocess if there is a GPU. ``attention_backend``: what attends prompts on a GPU, "triton", "flash_attn" or
+        "auto". None: 64 sequences and steps of 512 tokens on a CPU, 256 and 16,384 on a GPU.
         ``tensor_parallel``: ranks that share the model, started by torchrun, None: as many as it has started;
         ``rank_seconds``: how long one waits for another. Several ranks are "uniproc", and each makes the same calls.
         ``seed``: of the seeds that requests do not bring. Raises ExecutorError with one line if it cannot be loaded.
@@ -128,6 +133,7 @@ class LLMEngine:
             num_blocks=num_blocks,
             kv_cache_bytes=kv_cache_bytes,
             gpu_memory_utilization=gpu_memory_utilization,
+            attention_backend=attention_backend,
             cuda_graphs=cuda_graphs,
             plans_in_flight=2,
             threads=threads,
@@ -153,6 +159,7 @@ class LLMEngine:
         """The handles of each request that has not ended."""
         self._handles = 0
         self._restarts = 0
+        self._interrupted = False
         self._step_ns = 0
         """Device time of the last step."""
 
@@ -166,19 +173,20 @@ class LLMEngine:
         Raises ValueError for an id that is taken, for text where there is no tokenizer, and for a prompt that does not
         fit.
         """
-        params = params or SamplingParams()
+        text = prompt if isinstance(prompt, str) else None
+        return self.add_encoded(request_id, text, self.encode(prompt), params or SamplingParams())
+
+    def add_encoded(
+        self, request_id: str, prompt: str | None, ids: "array[int]", params: SamplingParams
+    ) -> RequestOutput:
+        """As add_request, with what ``encode`` made of the prompt; ``prompt``: its text, if it was one."""
         if self._follows:
             raise ExecutorError("this rank follows rank 0, which alone takes requests: call LLM.generate in all ranks")
         if request_id in self._requests:
             raise ValueError(f"request {request_id!r} is there already")
-        ids = self._encode(prompt)
         texts = [self._text(ids, params) for _ in range(params.n)]
-        request = RequestOutput(
-            request_id,
-            prompt if isinstance(prompt, str) else None,
-            ids.tolist(),
-            [CompletionOutput(index) for index in range(params.n)],
-        )
+        outputs = [CompletionOutput(index) for index in range(params.n)]
+        request = RequestOutput(request_id, prompt, ids.tolist(), outputs)
         first = self._handles + 1
         handles = list(range(first, first + params.n))
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
@@ -200,7 +208,8 @@ class LLMEngine:
             self._samples[handle] = _Sample(request, output, text, bool(params.stop))
         return request
 
-    def _encode(self, prompt: str | Sequence[int]) -> "array[int]":
+    def encode(self, prompt: str | Sequence[int]) -> "array[int]":
+        """The token ids of a prompt, as ``array("I")``. Raises ValueError if they do not fit; any thread may call."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("the model has no tokenizer: give the prompt as token ids")
@@ -280,6 +289,8 @@ class LLMEngine:
         while True:
             if time.monotonic() > give_up:
                 raise ExecutorError(f"no result within {_STEP_S:.0f} s")
+            if self._interrupted:
+                raise ExecutorError("the step was interrupted")
             select.select([self.executor.fileno()], [], [], _LOOK_S)
             results = self.executor.results()
             if results:
@@ -330,6 +341,13 @@ class LLMEngine:
                 return
 
     # ---- end ----
+
+    def interrupt(self) -> None:
+        """Let a step that waits for a result raise ExecutorError within a second. Any thread may call it.
+
+        After that the engine is good for nothing but ``close``.
+        """
+        self._interrupted = True
 
     def close(self) -> None:
         """End the executor. Idempotent."""

@@ -55,6 +55,13 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_utilization: Annotated[
         float, Meta(gt=0, le=1, description="Share of a GPU's memory that may be taken in all.")
     ] = 0.9
+    attention_backend: Annotated[
+        Literal["auto", "triton", "flash_attn"],
+        Meta(
+            description="What attends prompts on a GPU: our own kernel, or flash-attn. "
+            "auto: the faster one for each step, of those that are installed."
+        ),
+    ] = "auto"
     cuda_graphs: Annotated[bool, Meta(description="Replay decode steps on a GPU from CUDA graphs.")] = True
     step_timeout: Annotated[
         float, Meta(gt=0, description="Multiprocess executor: seconds for a step; then the worker is replaced.")
@@ -156,6 +163,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
             num_blocks=self.num_blocks,
             kv_cache_bytes=None if self.kv_cache_mib is None else self.kv_cache_mib * MIB,
             gpu_memory_utilization=self.gpu_memory_utilization,
+            attention_backend=self.attention_backend,
             cuda_graphs=self.cuda_graphs,
             plans_in_flight=self.plans_in_flight,
             threads=self.threads,

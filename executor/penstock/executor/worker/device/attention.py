@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from penstock.executor.layers.attention import LayerCache, PagedAttention
+from penstock.kernels.attention.chunks import AttendChunks, Chunks
 from penstock.kernels.attention.decode import paged_decode_attention
 from penstock.kernels.attention.decode_shapes import Spread
-from penstock.kernels.attention.prefill import paged_prefill_attention
 from penstock.kernels.batch.gather import StepRows
 from penstock.kernels.batch.state import BatchState
 from penstock.kernels.norm import Late
@@ -27,7 +27,15 @@ class ChunkRows:
     contexts: Tensor
     """int32 [sequences]: tokens of each sequence, this chunk included"""
     longest: int
-    """Rows of the longest chunk."""
+    """Rows of the longest chunk; a bound of it if ``cached`` is None."""
+    cached: int | None = None
+    """Tokens of all these sequences before the chunks. None: only the device knows."""
+
+    def over(self, block_tables: Tensor, slot_mapping: Tensor) -> Chunks:
+        """As kernels see them; ``slot_mapping`` int64 [rows of chunks or more]."""
+        return Chunks(
+            block_tables, self.slots, self.query_start, self.contexts, self.longest, slot_mapping, self.cached
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +46,8 @@ class DeviceStep:
     rows: StepRows
     """Its first ``decodes`` rows decode, the others belong to ``chunks``."""
     decodes: int
-    chunks: ChunkRows | None = None
+    attend_chunks: AttendChunks | None = None
+    """None: there are no chunks."""
     spread: Spread = Spread.MIXED
     """Of the lengths of those that decode."""
 
@@ -58,27 +67,17 @@ class DeviceStep:
             attention.heads,
             attention.kv_heads,
             late,
+            attention.bias,
         )
         return self._attend(query, attention.scale, cache).flatten(1)
 
     def _attend(self, query: Tensor, scale: float, cache: LayerCache) -> Tensor:
-        if self.chunks is None:
+        if self.attend_chunks is None:
             return self._decode(query, scale, cache, query.new_empty(query.shape))
         out = query.new_empty(query.shape)
         if self.decodes:
             self._decode(query[: self.decodes], scale, cache, out[: self.decodes])
-        paged_prefill_attention(
-            query[self.decodes :],
-            cache.keys,
-            cache.values,
-            self.state.block_tables,
-            self.chunks.slots,
-            self.chunks.query_start,
-            self.chunks.contexts,
-            self.chunks.longest,
-            scale,
-            out=out[self.decodes :],
-        )
+        self.attend_chunks(query[self.decodes :], cache.keys, cache.values, scale, out[self.decodes :])
         return out
 
     def _decode(self, query: Tensor, scale: float, cache: LayerCache, out: Tensor) -> Tensor:

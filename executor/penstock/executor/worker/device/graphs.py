@@ -7,26 +7,16 @@ compute the same. All graphs share one pool of memory.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
+from penstock.executor.worker.device.capture import Recorder
 from penstock.executor.worker.device.program import Program
 from penstock.executor.worker.device.sizes import graph_size, graph_sizes
 from penstock.kernels.attention.decode_shapes import DecodeShape, Spread
-
-
-@dataclass(frozen=True, slots=True)
-class CaptureReport:
-    """What capturing cost."""
-
-    graphs: int
-    seconds: float
-    bytes: int
-    """Device memory that the graphs took."""
 
 
 class DecodeGraphs:
@@ -37,29 +27,24 @@ class DecodeGraphs:
         self._program = program
         self._forward: dict[tuple[int, DecodeShape], torch.cuda.CUDAGraph] = {}
         self._tail: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
-        self._pool: torch.cuda._POOL_HANDLE | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._few: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._recorder: Recorder | None = None
 
-    def capture(self, device: torch.device, on_size: Callable[[int, int], None]) -> CaptureReport:
+    def capture(self, recorder: Recorder, on_size: Callable[[], None]) -> None:
         """Capture all sizes, the largest first so that the smaller ones share its memory.
 
-        ``on_size`` is told how many sizes are done, of how many. No slot may be live.
+        ``on_size`` is called behind each. No slot may be live.
         """
-        started, free = time.perf_counter(), torch.cuda.mem_get_info(device)[0]
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._recorder = recorder
         sizes = graph_sizes(self._program.layout.slots)
-        for done, size in enumerate(reversed(sizes)):
-            on_size(done, len(sizes))
+        for size in reversed(sizes):
             for spread in (Spread.EVEN, Spread.UNEVEN, Spread.MIXED):
                 self._forward_of(size, spread)
             for filtered in (False, True):
                 choose = partial(self._program.choose, size, filtered=filtered)
-                self._tail[size, filtered] = self._captured(choose)
-        on_size(len(sizes), len(sizes))
-        torch.cuda.synchronize(device)
-        taken = free - torch.cuda.mem_get_info(device)[0]
-        return CaptureReport(len(self._forward) + len(self._tail), time.perf_counter() - started, taken)
+                self._tail[size, filtered] = recorder.captured(choose)
+            on_size()
+        self._capture_few(recorder, sizes)
 
     def decode(self, rows: int, *, spread: Spread) -> None:
         """The logits of the decode batch of ``rows`` rows; see :meth:`Program.decode`.
@@ -67,7 +52,7 @@ class DecodeGraphs:
         A size whose lengths are spread in a way that is rare is captured when it is first met.
         """
         size = self._size_of(rows)
-        if self._stream is None:
+        if self._recorder is None:
             self._program.decode(size, spread=spread)
         else:
             self._forward_of(size, spread).replay()
@@ -76,31 +61,43 @@ class DecodeGraphs:
         """The graph; spreads for which attention is cut alike share one."""
         key = size, self._program.decode_shape(size, spread)
         if key not in self._forward:
-            self._forward[key] = self._captured(partial(self._program.decode, size, spread=spread))
+            assert self._recorder is not None
+            self._forward[key] = self._recorder.captured(partial(self._program.decode, size, spread=spread))
         return self._forward[key]
 
     def choose(self, rows: int, *, filtered: bool) -> None:
         """Its next tokens."""
         size = self._size_of(rows)
-        if self._stream is None:
+        if self._recorder is None:
             self._program.choose(size, filtered=filtered)
         else:
             self._tail[size, filtered].replay()
 
+    def takes_few(self, rows: int) -> bool:
+        """Whether :meth:`few` computes a decode batch of ``rows`` rows."""
+        few = self._program.few_rows
+        return few is not None and few.takes(self._size_of(rows))
+
+    def few(self, rows: int, *, longest: int) -> Tensor:
+        """A whole step of few rows, unfiltered, of contexts up to ``longest`` tokens; returns where its tokens will be.
+
+        int32 [2, ≥ rows], tokens and statuses: see :meth:`FewRowsStep.kept`.
+        """
+        few, size = self._program.few_rows, self._size_of(rows)
+        assert few is not None
+        context = few.context(longest)
+        if self._recorder is None:
+            few.run(size, context)
+        else:
+            self._few[size, context].replay()
+        return few.kept(few.place())
+
+    def _capture_few(self, recorder: Recorder, sizes: list[int]) -> None:
+        few = self._program.few_rows
+        for size, context in [] if few is None else few.shapes:
+            if few is not None and size in sizes:
+                self._few[size, context] = recorder.captured(partial(few.run, size, context))
+                few.place()  # what was run before it was captured
+
     def _size_of(self, rows: int) -> int:
         return graph_size(rows, self._program.layout.slots)
-
-    def _captured(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """``work`` as a graph. Not through ``torch.cuda.graph``: that collects garbage before each of many captures."""
-        assert self._stream is not None
-        work()  # compiles kernels, chooses algorithms and takes work space: none of it may happen while capturing
-        graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                work()
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return graph

@@ -70,6 +70,8 @@ class Step:
     """Whether one of them asks for top-k, top-p or min-p."""
     spread: Spread
     """How the lengths of the decodes differ."""
+    longest: int
+    """Tokens of the longest of them when the step is done."""
 
 
 class Mirror:
@@ -258,7 +260,8 @@ class Mirror:
             place = {slot: row for row, slot in enumerate(rows.tolist())}
             sample_rows = np.concatenate((sample_rows, np.array([place[slot] for slot in completed], np.int64)))
         filtered, spread = bool(self._filtered[samples].any()), self._spread(rows[decoding])
-        return Step(rows, rows[decoding], chunks, samples, sample_rows, filtered, spread)
+        longest = int(self._scheduled[rows[decoding]].max(initial=0))
+        return Step(rows, rows[decoding], chunks, samples, sample_rows, filtered, spread, longest)
 
     def _spread(self, decodes: Ints) -> Spread:
         lengths = self._scheduled[decodes]

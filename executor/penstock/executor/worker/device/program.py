@@ -13,6 +13,8 @@ from penstock.executor.layers.attention import LayerCache
 from penstock.executor.layers.parallel import ALONE, Group
 from penstock.executor.models.registry import Model
 from penstock.executor.worker.device.attention import ChunkRows, DeviceStep
+from penstock.executor.worker.device.few_rows import FewRowsStep
+from penstock.executor.worker.device.prefill import Prefill
 from penstock.executor.worker.slots import Capacity
 from penstock.kernels.attention.decode_shapes import DecodeShape, Spread, decode_shape
 from penstock.kernels.batch.gather import StepRows, fill_rows, gather_rows
@@ -48,13 +50,19 @@ class Program:
         capacity: Capacity,
         max_step_tokens: int,
         device: torch.device,
+        prefill: Prefill | None = None,
+        *,
+        few_rows: bool = False,
         group: Group = ALONE,
     ) -> None:
         """``pages``: one cache a layer, of ``capacity.num_blocks`` blocks and one more, the scratch block.
 
-        ``group``: the ranks of ``model``, which all run the same steps.
+        ``prefill``: what attends chunks; None: our own kernel. ``few_rows``: decode steps of one to four rows are
+        computed by kernels of their own, if these take the model. ``group``: the ranks of ``model``, which all run the
+        same steps.
         """
         self._model, self._pages, self._group = model, pages, group
+        self._prefill = prefill or Prefill()
         self.row_size = model.hidden_size
         """Elements of a row between the layers."""
         self._block_tokens = capacity.block_tokens
@@ -66,6 +74,8 @@ class Program:
         self.rows = StepRows.allocate(self.max_rows, device)
         self.output = TailOutput.allocate(rows, capacity.vocab_size, device)
         self.logits = torch.empty(rows, capacity.vocab_size, dtype=pages[0].keys.dtype, device=device)
+        weights = model.few_rows() if few_rows else None
+        self.few_rows = None if weights is None else FewRowsStep(weights, pages, self.state, self.logits, rows)
 
     def apply(self, words: Tensor) -> None:
         """Change the state: int32 [2 n] of (offset, word) pairs."""
@@ -100,7 +110,8 @@ class Program:
             gather_rows(self.state, decodes, self._block_tokens, self.rows)
         fill_rows(self.state, self.rows, decodes, step.ids, step.positions, step.slots, self._block_tokens)
         count = decodes + step.ids.numel()
-        attention = DeviceStep(self.state, self.rows, decodes, step.chunks, spread)
+        chunks = step.chunks.over(self.state.block_tables, self.rows.slot_mapping[decodes:count])
+        attention = DeviceStep(self.state, self.rows, decodes, self._prefill.bind(chunks, count - decodes), spread)
         samples = step.sample_slots.numel()
         with overlapped(self.row_size):
             hidden = self._model.forward(self.rows.ids[:count], attention, self._pages, step.chosen)
@@ -124,6 +135,10 @@ class Program:
         part = copy.copy(self)
         part._model, part._pages = self._model.last_layers(2), self._pages[-2:]
         return part
+
+    def meet_prefill(self) -> None:
+        """Launch whatever may attend chunks, once."""
+        self._prefill.meet(self._pages[-1], self.state.block_tables, self.layout.slots)
 
     def forget(self) -> None:
         """No slot is live."""

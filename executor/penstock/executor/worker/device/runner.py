@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,6 +22,7 @@ from penstock.executor.step import SlotFailure, StepPlan, StepResult
 from penstock.executor.worker.device.attention import ChunkRows
 from penstock.executor.worker.device.graphs import DecodeGraphs
 from penstock.executor.worker.device.mirror import Chunk, Ints, Mirror, Step
+from penstock.executor.worker.device.prefill_graphs import PrefillGraphs
 from penstock.executor.worker.device.program import MixedStep, Program
 from penstock.executor.worker.device.sizes import graph_size, step_size
 from penstock.executor.worker.device.timeline import CudaTimeline, HostTimeline, Mark
@@ -65,10 +66,16 @@ class DeviceRunner:
     """See :class:`penstock.executor.worker.runner.Runner`. launch and collect are called by one thread each."""
 
     def __init__(
-        self, program: Program, graphs: DecodeGraphs, capacity: Capacity, max_step_tokens: int, device: torch.device
+        self,
+        program: Program,
+        graphs: DecodeGraphs,
+        prefills: PrefillGraphs,
+        capacity: Capacity,
+        max_step_tokens: int,
+        device: torch.device,
     ) -> None:
-        """``program`` computes on ``device``; ``graphs`` are its decode steps."""
-        self._program, self._graphs = program, graphs
+        """``program`` computes on ``device``; ``graphs`` are its decode steps, ``prefills`` its short prompts."""
+        self._program, self._graphs, self._prefills = program, graphs, prefills
         self._capacity, self._device = capacity, device
         self._timeline = CudaTimeline(device) if device.type == "cuda" else HostTimeline()
         self._upload = Upload(self._timeline, device, 16 * (max_step_tokens + capacity.max_sequences) + 4096)
@@ -133,23 +140,43 @@ class DeviceRunner:
         if not rows:
             return []
         steps = []
+        few = self._graphs.takes_few(rows) and not step.filtered
         for _ in range(repeat):
+            if few:
+                steps.append(self._download(self._graphs.few(rows, longest=step.longest), rows))
+                continue
             self._graphs.decode(rows, spread=step.spread)
             self._timeline.settle(self._downloaded)
             self._graphs.choose(rows, filtered=step.filtered)
             steps.append(self._fetch(rows))
         return steps
 
+    def _launch_prefill(self, step: Step, size: int) -> list[Sampled]:
+        """A step of known ids alone, by a graph of ``size`` rows."""
+        changes, packed = self._upload.send(
+            [self._mirror.changes.take().reshape(-1), self._prefills.pack(step.chunks, size)]
+        )
+        self._program.apply(changes)
+        self._prefills.compute(size, packed)
+        if not len(step.samples):
+            return []
+        self._timeline.settle(self._downloaded)
+        self._prefills.choose(filtered=step.filtered)
+        return [self._fetch(len(step.samples))]
+
     def _launch_mixed(self, step: Step) -> list[Sampled]:
+        size = self._prefills.size_of(step)
+        if size is not None:
+            return self._launch_prefill(step, size)
         words, *sections = self._upload.send(
             [self._mirror.changes.take().reshape(-1), *_chunk_sections(step, self._program)]
         )
         self._program.apply(words)
         ids, positions, slots, chunk_slots, query_start, contexts, chosen, sample_slots = sections
         longest = max(chunk.ids.size for chunk in step.chunks)
-        mixed = MixedStep(
-            ids, positions, slots, ChunkRows(chunk_slots, query_start, contexts, longest), chosen, sample_slots
-        )
+        cached = sum(chunk.start for chunk in step.chunks)
+        chunks = ChunkRows(chunk_slots, query_start, contexts, longest, cached)
+        mixed = MixedStep(ids, positions, slots, chunks, chosen, sample_slots)
         samples = self._program.mixed(len(step.decodes), mixed, spread=step.spread)
         if not samples:
             return []
@@ -158,18 +185,24 @@ class DeviceRunner:
         return [self._fetch(samples)]
 
     def _fetch(self, samples: int) -> Sampled:
-        """Start to bring the tokens of the step to the host."""
+        """Start to bring the tokens of the step to the host; they must be there before the next ones are chosen."""
+        output = self._program.output
+        sampled = self._download((output.tokens, output.status), samples)
+        self._downloaded = sampled.arrived
+        return sampled
+
+    def _download(self, made: Iterable[Tensor], samples: int) -> Sampled:
+        """``made``: tokens and statuses, int32 [≥ samples]."""
         try:
             memory = self._memory.get_nowait()
         except queue.Empty:
             memory = self._timeline.memory(2 * self._capacity.max_sequences)
-        output = self._program.output
+        tokens, status = made
         pairs = [
-            (memory[:samples], output.tokens[:samples]),
-            (memory[self._capacity.max_sequences :][:samples], output.status[:samples]),
+            (memory[:samples], tokens[:samples]),
+            (memory[self._capacity.max_sequences :][:samples], status[:samples]),
         ]
-        self._downloaded = self._timeline.download(pairs)
-        return Sampled(memory, self._downloaded)
+        return Sampled(memory, self._timeline.download(pairs))
 
     # ---- collect ----
 
@@ -222,10 +255,14 @@ class DeviceRunner:
         the same steps. The pages of its sequences must have room for these steps. Nothing may be in flight.
         """
         before = self._program.state.arena.clone()
+        longest = int(self._program.state.computed.max()) + steps
         marks = [self._timeline.mark()]
         for _ in range(steps):
-            self._graphs.decode(rows, spread=Spread.EVEN)
-            self._graphs.choose(rows, filtered=False)
+            if self._graphs.takes_few(rows):
+                self._graphs.few(rows, longest=longest)
+            else:
+                self._graphs.decode(rows, spread=Spread.EVEN)
+                self._graphs.choose(rows, filtered=False)
             marks.append(self._timeline.mark())
         self._program.state.arena.copy_(before)
         marks[-1].wait()

@@ -30,6 +30,7 @@ def warm_up(program: Program, max_step_tokens: int, longest: int) -> None:
     run_full_step(program, max_step_tokens, longest)
     live_nobody = program.layout.offset("live") + program.layout.slots
     program.apply(torch.tensor([live_nobody, NOT_LIVE], dtype=torch.int32, device=program.state.arena.device))
+    program.meet_prefill()
     part = program.shallow()
     for rows in met_step_sizes(program.max_rows):
         _run_step(part, 0, _split(rows, longest))
@@ -39,6 +40,11 @@ def warm_up(program: Program, max_step_tokens: int, longest: int) -> None:
         program.decode(rows, spread=spread)
         for filtered in (False, True):
             program.choose(rows, filtered=filtered)
+    few = program.few_rows
+    for rows, context in [] if few is None else few.shapes:
+        if few is not None and rows in graph_sizes(program.layout.slots):
+            few.run(rows, context)
+            few.place()
 
 
 def run_full_step(program: Program, max_step_tokens: int, longest: int) -> None:
@@ -90,7 +96,7 @@ def _run_step(
         positions=positions,
         slots=torch.full_like(positions, nobody),
         chunks=ChunkRows(
-            column([nobody] * len(lengths)), column([0, *accumulate(lengths)]), column(lengths), max(lengths)
+            column([nobody] * len(lengths)), column([0, *accumulate(lengths)]), column(lengths), max(lengths), cached=0
         ),
         chosen=torch.arange(samples, dtype=torch.int32, device=device) if samples else None,
         sample_slots=column([nobody] * samples),
