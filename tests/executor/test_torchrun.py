@@ -30,7 +30,9 @@ SHAPES = {
 }
 FOUR = TinyLlama(eos_token_id=None, num_key_value_heads=4)
 SCRIPT = Path(ranks.__file__)
-LIMIT_S = 100
+LIMIT_S = 100.0
+GPU_LIMIT_S = 900.0
+"""Kernels are compiled, for each of a few models."""
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +44,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch(
-    scenario: str, folder: Path, out: Path, settings: dict[str, Any] | None = None, *, size: int = 2
+    scenario: str,
+    folder: Path,
+    out: Path,
+    settings: dict[str, Any] | None = None,
+    *,
+    size: int = 2,
+    limit: float = LIMIT_S,
 ) -> tuple[int, list[ranks.Seen | None]]:
     """torchrun's exit code and what each rank saw; None: it wrote nothing."""
     out.mkdir(exist_ok=True)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
     arguments = [scenario, str(folder), str(out), json.dumps(settings or {})]
     ended = subprocess.run(
-        [*torchrun, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=LIMIT_S, check=False
+        [*torchrun, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=limit, check=False
     )
     print(ended.stdout[-4000:], ended.stderr[-8000:])
     files = [out / f"{rank}.json" for rank in range(size)]
@@ -57,10 +65,16 @@ def launch(
 
 
 def launched(
-    scenario: str, folder: Path, out: Path, settings: dict[str, Any] | None = None, *, size: int = 2
+    scenario: str,
+    folder: Path,
+    out: Path,
+    settings: dict[str, Any] | None = None,
+    *,
+    size: int = 2,
+    limit: float = LIMIT_S,
 ) -> list[ranks.Seen]:
     """The same where all must end well."""
-    code, seen = launch(scenario, folder, out, settings, size=size)
+    code, seen = launch(scenario, folder, out, settings, size=size, limit=limit)
     assert code == 0
     return [one for one in seen if one is not None]
 
@@ -165,12 +179,13 @@ def test_a_rank_that_is_lost_ends_the_others_within_the_deadline(models: Path, t
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(GPU_LIMIT_S + 60)
 def test_two_gpus_make_the_tokens_of_one_process(models: Path, tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    gpu = {"device": "cuda", "gpu_memory_utilization": 0.2, "rank_seconds": 120.0}
+    gpu = {"device": "cuda", "gpu_memory_utilization": 0.2, "rank_seconds": 300.0}
     kinds = {"graphs": gpu, "eager": gpu | {"cuda_graphs": False}, "spoiled": gpu | {"spoiled": True}}
-    seen = launched("tokens", models, tmp_path / "seen", kinds)
+    seen = launched("tokens", models, tmp_path / "seen", kinds, limit=GPU_LIMIT_S)
     for name in SHAPES:
         expected = ranks.generated(models / name, gpu)
         for kind in kinds:
