@@ -101,6 +101,8 @@ class MultiprocessExecutor:
         """Start the worker and wait until it has loaded the model."""
         if self._spec is not None:
             raise ExecutorError("the executor has been started before")
+        if spec.tensor_parallel > 1:
+            raise ExecutorError(f"tensor_parallel {spec.tensor_parallel}: only the uniproc executor offers it")
         self._spec = spec
         info = self._start(progress)
         if spec.kv_cache_bytes is None:  # the next worker must offer as much, although it may find less memory

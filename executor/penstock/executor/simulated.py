@@ -207,6 +207,8 @@ class SimulatedExecutor:
 
     def start(self, spec: ModelSpec, progress: Progress) -> ModelInfo:
         """See Executor. Vocabulary and end tokens are those of the folder's config.json, if there is one."""
+        if spec.tensor_parallel > 1:
+            raise ExecutorError(f"tensor_parallel {spec.tensor_parallel}: only the uniproc executor offers it")
         info = describe(spec)
         self._timer = TimerFd()
         self._device = SimulatedDevice(info)

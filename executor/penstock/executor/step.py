@@ -232,7 +232,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Decode steps are replayed from CUDA graphs; off: every step is launched kernel by kernel."""
     plans_in_flight: int = 1
     threads: int | None = None
-    """CPU threads of one step."""
+    """CPU threads of one step. None: half of the processors, shared by the ranks."""
+    tensor_parallel: int = 1
+    """Ranks that share the model, each of them a process that a launcher has started."""
+    rank_seconds: float = 300.0
+    """How long one rank waits for another before that one counts as lost; loading and compiling are part of it."""
     step_us: int = 0
     """Simulated executor: how long a step takes; 0: no time."""
     vocab_size: int = 32_000

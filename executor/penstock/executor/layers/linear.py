@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from penstock.executor.layers.norm import RMSNorm
+from penstock.executor.layers.parallel import ALONE
 from penstock.executor.layers.placement import Placement
 from penstock.kernels.activation import silu_mul
 from penstock.kernels.norm import Late
@@ -22,9 +23,19 @@ class Linear:
     """
 
     def __init__(
-        self, inputs: int, parts: Mapping[str, int], place: Placement, *, bias: bool = False, adapter_rows: int = 0
+        self,
+        inputs: int,
+        parts: Mapping[str, int],
+        place: Placement,
+        *,
+        bias: bool = False,
+        adapter_rows: int = 0,
+        partial: bool = False,
     ) -> None:
         """``parts``: checkpoint name and number of outputs, in order. The loader sets the parameters.
+
+        ``partial``: ``inputs`` are this rank's share of the map's, so that results are sums over the ranks. Of any
+        other map a rank may hold a share of the outputs, and need not know.
 
         ``adapter_rows`` zeroed rows stand in ``weight`` behind those of the parts: room for matrices of adapters, whose
         products with ``x`` are then part of the same product.
@@ -37,14 +48,16 @@ class Linear:
         self.base = self.weight[:outputs]
         """[all outputs, inputs]: without the rows of adapters."""
         self._products = place.products
+        self._group = place.group if partial else ALONE
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, inputs] → [rows, all outputs]; no adapter takes part."""
-        return self._products(x, self.base, self.bias)
+        bias = self.bias if self._group.rank == 0 else None  # a sum over the ranks has it once
+        return self._group.all_reduce(self._products(x, self.base, bias))
 
     def product(self, x: Tensor) -> Tensor:
         """The same without the bias: for whoever adds it in passing."""
-        return self._products(x, self.base)
+        return self._group.all_reduce(self._products(x, self.base))
 
     def absorb(self, norm: RMSNorm) -> None:
         """Take over the weight of the norm of this map's input; what is left of the norm is a factor for each row.
@@ -56,11 +69,14 @@ class Linear:
 
     def onto(self, x: Tensor, residual: Tensor) -> Tensor:
         """Add the map of ``x`` [rows, inputs] to ``residual`` [rows, all outputs], in place; without a bias only."""
+        if self._group.size > 1:  # the residual is no part of the sum over the ranks
+            return residual.add_(self(x))
         return self._products.add_to(residual, x, self.base)
 
     def in_parts(self, x: Tensor) -> Tensor:
         """The same, or float32 [parts, rows, all outputs] of which it is the sum, where that is faster: for a norm."""
-        shape = split_shape(x, self.base) if self.bias is None else None
+        whole = self.bias is None and self._group.size == 1
+        shape = split_shape(x, self.base) if whole else None
         return self(x) if shape is None else split_product(x, self.base, shape)
 
     def gated(self, x: Tensor, late: Late | None = None) -> Tensor:

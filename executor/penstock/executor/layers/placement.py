@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from penstock.executor.layers.matmul import Products
+from penstock.executor.layers.parallel import ALONE, Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,8 @@ class Placement:
     dtype: torch.dtype
     device: torch.device
     products: Products = field(default_factory=Products)
+    group: Group = ALONE
+    """The ranks that the model is spread over."""
 
     def empty(self, *shape: int) -> Tensor:
         """A parameter that the loader will fill."""

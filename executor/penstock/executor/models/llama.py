@@ -24,6 +24,7 @@ from penstock.executor.layers.attention import AttentionStep, LayerCache, PagedA
 from penstock.executor.layers.few_rows import LayerWeights, StepWeights
 from penstock.executor.layers.linear import Linear
 from penstock.executor.layers.norm import RMSNorm
+from penstock.executor.layers.parallel import ALONE, Group
 from penstock.executor.layers.placement import Placement
 from penstock.executor.layers.rotary import RotaryEmbedding
 from penstock.executor.models.config import ModelConfig
@@ -52,7 +53,7 @@ class SelfAttention:
         self.attend = PagedAttention(
             config.heads, config.kv_heads, config.head_dim, rotary, bias=self.qkv.bias, q_norm=q_norm, k_norm=k_norm
         )
-        self.output = Linear(queries, {"o_proj": config.hidden_size}, place, bias=config.output_bias)
+        self.output = Linear(queries, {"o_proj": config.hidden_size}, place, bias=config.output_bias, partial=True)
 
     def __call__(self, x: Tensor, step: AttentionStep, cache: LayerCache, chosen: Tensor | None) -> Tensor:
         """[rows, hidden] → [rows, hidden]; of the ``chosen`` rows only unless that is None."""
@@ -84,7 +85,7 @@ class FeedForward:
         """Parameters are left unset."""
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_up = Linear(hidden, {"gate_proj": inner, "up_proj": inner}, place, bias=bias)
-        self.down = Linear(inner, {"down_proj": hidden}, place, bias=bias)
+        self.down = Linear(inner, {"down_proj": hidden}, place, bias=bias, partial=True)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, hidden] → [rows, hidden], perhaps in parts (:meth:`Linear.in_parts`)."""
@@ -175,10 +176,14 @@ class Layer:
 class Llama:
     """Embedding, layers, final norm and head; see :class:`penstock.executor.models.registry.Model`."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-        """Parameters are left unset: :mod:`penstock.executor.models.weights` fills them."""
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, group: Group = ALONE) -> None:
+        """Parameters are left unset: :mod:`penstock.executor.models.weights` fills them.
+
+        ``config`` has the heads and the inner size of this rank of ``group``. Embedding, norms and head are whole in
+        every rank.
+        """
         self.config, self.hidden_size = config, config.hidden_size
-        self.place = Placement(dtype, device)
+        self.place = Placement(dtype, device, group=group)
         self.rotary = RotaryEmbedding(config.head_dim, config.rope, config.max_positions, device)
         self.embedding = self.place.empty(config.vocab_size, config.hidden_size)
         self.layers = [Layer(self.build_attention(), config, self.place) for _ in range(config.layers)]
@@ -224,8 +229,8 @@ class Llama:
         """See :class:`penstock.executor.models.registry.Model`."""
         layers = [layer.few_rows() for layer in self.layers]
         config = self.config
-        if any(layer is None for layer in layers):
-            return None
+        if self.place.group.size > 1 or any(layer is None for layer in layers):
+            return None  # those kernels add up nothing over the ranks
         return StepWeights(
             LayerSizes(
                 config.hidden_size,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from penstock.executor.layers.attention import AttentionStep, LayerCache
 from penstock.executor.layers.few_rows import StepWeights
+from penstock.executor.layers.parallel import ALONE, Group
 from penstock.executor.models.config import ModelConfig
 from penstock.executor.models.llama import Llama
 from penstock.executor.models.qwen3 import Qwen3
@@ -71,7 +72,7 @@ class Model(Protocol):
         ...
 
 
-FAMILIES: Final[dict[str, Callable[[ModelConfig, torch.dtype, torch.device], Model]]] = {
+FAMILIES: Final[dict[str, Callable[[ModelConfig, torch.dtype, torch.device, Group], Model]]] = {
     "LlamaForCausalLM": Llama,
     "MistralForCausalLM": Llama,
     "Qwen2ForCausalLM": Llama,
@@ -80,6 +81,9 @@ FAMILIES: Final[dict[str, Callable[[ModelConfig, torch.dtype, torch.device], Mod
 """By the name in ``architectures``; what tells Mistral and Qwen2 from Llama is in the configuration alone."""
 
 
-def build_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Model:
-    """The model of ``config`` on ``device``, its parameters unset. Raises RuntimeError if memory is short."""
-    return FAMILIES[config.architecture](config, dtype, device)
+def build_model(config: ModelConfig, dtype: torch.dtype, device: torch.device, group: Group = ALONE) -> Model:
+    """The model of ``config`` on ``device``, its parameters unset. Raises RuntimeError if memory is short.
+
+    In a group of several ranks ``config`` is that of one: :func:`penstock.executor.models.shares.rank_config`.
+    """
+    return FAMILIES[config.architecture](config, dtype, device, group)

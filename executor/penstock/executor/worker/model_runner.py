@@ -15,9 +15,11 @@ from torch import Tensor
 
 from penstock.executor.executor import ExecutorError
 from penstock.executor.layers.attention import AttentionBatch, LayerCache
+from penstock.executor.layers.parallel import ALONE, Group
 from penstock.executor.models.config import ModelConfig, read_config
 from penstock.executor.models.registry import Model, build_model
-from penstock.executor.models.weights import ByteProgress, LoadedWeights, draw_weights, load_weights
+from penstock.executor.models.shares import find_shares, rank_config
+from penstock.executor.models.weights import NO_SHARES, ByteProgress, LoadedWeights, Shares, draw_weights, load_weights
 from penstock.executor.step import StepPlan, StepResult, pack_u32
 from penstock.executor.worker.batch_state import BatchState
 from penstock.executor.worker.sampler import choose_tokens
@@ -37,6 +39,9 @@ class LoadedModel:
     config: ModelConfig
     weights: LoadedWeights
     dtype: torch.dtype
+    shard: ModelConfig
+    """What this rank computes of it."""
+    group: Group = ALONE
 
     @property
     def digest(self) -> str:
@@ -45,9 +50,15 @@ class LoadedModel:
 
 
 def load_model(
-    folder: Path, dtype: str, on_progress: ByteProgress, *, device: torch.device, load_format: str = "safetensors"
+    folder: Path,
+    dtype: str,
+    on_progress: ByteProgress,
+    *,
+    device: torch.device,
+    load_format: str = "safetensors",
+    group: Group = ALONE,
 ) -> LoadedModel:
-    """Read a local checkpoint onto ``device``; ``dtype`` "auto" is its own.
+    """Read a local checkpoint, or this rank's share of it, onto ``device``; ``dtype`` "auto" is its own.
 
     Raises CheckpointError, and ExecutorError for a dtype or a load format that is not offered.
     """
@@ -57,11 +68,21 @@ def load_model(
         raise ExecutorError(f"dtype {name!r} is not supported, only 'auto', {', '.join(map(repr, DTYPES))}")
     if load_format not in LOAD_FORMATS:
         raise ExecutorError(f"load_format {load_format!r} is not supported, only {', '.join(map(repr, LOAD_FORMATS))}")
-    model = build_model(config, DTYPES[name], device)
-    weights = draw_weights(model) if load_format == "dummy" else load_weights(model, folder, on_progress)
+    shard = rank_config(config, group.size, folder)
+    model = build_model(shard, DTYPES[name], device, group)
+    shares = _find_shares(config, model, group)
+    dummy = load_format == "dummy"
+    weights = draw_weights(model, shares=shares) if dummy else load_weights(model, folder, on_progress, shares)
     if absorbs(device, DTYPES[name]):
         model.absorb_norms()
-    return LoadedModel(model, config, weights, DTYPES[name])
+    return LoadedModel(model, config, weights, DTYPES[name], shard, group)
+
+
+def _find_shares(config: ModelConfig, model: Model, group: Group) -> Shares:
+    if group.size == 1:
+        return NO_SHARES
+    whole = build_model(config, torch.float32, torch.device("meta"))
+    return find_shares(whole.destinations(), model.destinations(), group.rank)
 
 
 def absorbs(device: torch.device, dtype: torch.dtype) -> bool:
@@ -74,7 +95,7 @@ class ModelRunner:
 
     def __init__(self, loaded: LoadedModel, pages: tuple[LayerCache, ...], capacity: Capacity) -> None:
         """``pages``: one cache per layer, of ``capacity.num_blocks`` blocks."""
-        self._model, self._pages = loaded.model, pages
+        self._model, self._pages, self._group = loaded.model, pages, loaded.group
         self._scratch = Scratch(loaded.dtype)
         self._capacity = capacity
         self._batch = BatchState(capacity)
@@ -135,11 +156,23 @@ class ModelRunner:
         hidden, choosing = self._forward(step), step.choosing
         if not choosing.slots.numel():
             return self._batch.absorb(step, choosing.slots, choosing.slots.bool())
-        logits = self._model.logits(hidden).float()
-        outputs = self._batch.tensors.outputs[choosing.slots]
-        positions = step.positions[step.last_rows] + 1
-        tokens, sound = choose_tokens(logits, choosing, outputs, positions)
+        tokens, sound = self._choose(hidden, step)
         return self._batch.absorb(step, tokens, sound)
+
+    def _choose(self, hidden: Tensor, step: StepInput) -> tuple[Tensor, Tensor]:
+        """Tokens and which rows are sound, as :func:`choose_tokens`; rank 0 chooses for all ranks of a group."""
+        if self._group.rank == 0:
+            logits = self._model.logits(hidden).float()
+            outputs = self._batch.tensors.outputs[step.choosing.slots]
+            positions = step.positions[step.last_rows] + 1
+            tokens, sound = choose_tokens(logits, step.choosing, outputs, positions)
+            if self._group.size == 1:
+                return tokens, sound
+            chosen = torch.stack((tokens, sound.long()))
+        else:
+            chosen = torch.empty(2, step.choosing.slots.numel(), dtype=torch.int64)
+        self._group.broadcast(chosen)
+        return chosen[0], chosen[1].bool()
 
     def _forward(self, step: StepInput) -> Tensor:
         batch = AttentionBatch.build(

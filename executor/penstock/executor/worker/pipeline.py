@@ -8,6 +8,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable
 
+from penstock.executor.executor import ExecutorError
 from penstock.executor.models.errors import one_line
 from penstock.executor.step import StepPlan, StepResult
 from penstock.executor.worker.runner import Runner
@@ -26,26 +27,30 @@ class Pipeline:
         """``take`` waits for the next plan, None: no more. ``fail`` is called once, behind all results, if at all."""
         self._runner, self._take, self._give, self._fail = runner, take, give, fail
         self._launched: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._failure: str | None = None
-
-    @property
-    def failed(self) -> bool:
-        """Whether no more results will come."""
-        return self._failure is not None
+        self.failure: str | None = None
+        """Why no more results will come; known before ``fail`` is called, which waits for the results that will."""
 
     def launch_all(self) -> None:
         """The launching thread's work."""
         self._runner.take_thread()
         try:
-            while (plan := self._take()) is not None and not self.failed:
+            while (plan := self._next()) is not None and self.failure is None:
                 try:
                     self._runner.launch(plan)
                 except Exception as error:  # noqa: BLE001  whatever it was must be reported
-                    self._failure = f"plan {plan.number} failed: {one_line(error)}"
+                    self.failure = f"plan {plan.number} failed: {one_line(error)}"
                     return
                 self._launched.put(plan.number)
         finally:
             self._launched.put(None)
+
+    def _next(self) -> StepPlan | None:
+        """The next plan; None: no more, or nobody knows what comes next."""
+        try:
+            return self._take()
+        except ExecutorError as error:
+            self.failure = str(error)
+            return None
 
     def collect_all(self) -> None:
         """The collecting thread's work; it ends behind the last result."""
@@ -54,7 +59,7 @@ class Pipeline:
             try:
                 self._give(self._runner.collect())
             except Exception as error:  # noqa: BLE001  whatever it was must be reported
-                self._failure = f"plan {number} failed: {one_line(error)}"
+                self.failure = f"plan {number} failed: {one_line(error)}"
                 break
-        if self._failure is not None:
-            self._fail(self._failure)
+        if self.failure is not None:
+            self._fail(self.failure)

@@ -11,6 +11,8 @@ import msgspec
 import torch
 
 from penstock.executor.executor import ExecutorError, Progress
+from penstock.executor.launcher import read_launch
+from penstock.executor.layers.parallel import ALONE, Group
 from penstock.executor.models.errors import CheckpointError, one_line
 from penstock.executor.step import ModelInfo, ModelSpec
 from penstock.executor.worker.device.prefill import check_backend
@@ -31,15 +33,22 @@ class Worker:
     runner: Runner
 
     @classmethod
-    def start(cls, spec: ModelSpec, progress: Progress) -> Worker:
-        """Load the model and give it room. Raises ExecutorError with one line."""
+    def start(cls, spec: ModelSpec, progress: Progress, group: Group = ALONE) -> Worker:
+        """Load the model, or this rank's share of it, and give it room. Raises ExecutorError with one line.
+
+        All ranks of ``group`` get the same room: the least that one of them has.
+        """
         try:
-            _check(spec)
-            device = choose_device(spec.device)
-            check_backend(spec.attention_backend, device)
-            torch.set_num_threads(_threads(spec))
+            with group.together():
+                _check(spec)
+                device = choose_device(spec.device) if group.size == 1 else choose_rank_device(spec.device)
+                check_backend(spec.attention_backend, device)
+                torch.set_num_threads(_threads(spec))
+            group.require_same("the kind of device", device.type)
             resident = device.type == "cuda" if spec.resident is None else spec.resident
-            return cls._resident(spec, device, progress) if resident else cls._on_host(spec, device, progress)
+            if resident:
+                return cls._resident(spec, device, progress, group)
+            return cls._on_host(spec, device, progress, group)
         except CheckpointError as error:
             raise ExecutorError(str(error)) from error
         except ValueError as error:
@@ -48,28 +57,34 @@ class Worker:
             raise ExecutorError(f"{spec.path}: cannot be loaded: {one_line(error)}") from error
 
     @classmethod
-    def _on_host(cls, spec: ModelSpec, device: torch.device, progress: Progress) -> Worker:
+    def _on_host(cls, spec: ModelSpec, device: torch.device, progress: Progress, group: Group) -> Worker:
         if device.type != "cpu":
             raise ExecutorError(f"{device}: the batch can live on the host for a CPU only")
         on_bytes = functools.partial(progress, "weights")
-        loaded = load_model(Path(spec.path), spec.dtype, on_bytes, device=device, load_format=spec.load_format)
-        shape = PageShape.of(loaded.config, spec.block_tokens, loaded.dtype)
-        longest = longest_sequence(spec, loaded.config)
-        blocks = count_blocks(spec, shape, longest)
+        with group.together():
+            loaded = load_model(
+                Path(spec.path), spec.dtype, on_bytes, device=device, load_format=spec.load_format, group=group
+            )
+            shape = PageShape.of(loaded.shard, spec.block_tokens, loaded.dtype)
+            longest = longest_sequence(spec, loaded.config)
+            blocks = count_blocks(spec, shape, longest)
+        group.require_same("the model", loaded.digest)
+        blocks = group.least(blocks)
         # A sequence longer than the pool could never end.
         longest = min(longest, blocks * spec.block_tokens)
         capacity = Capacity(spec.max_sequences, longest, spec.block_tokens, blocks, loaded.config.vocab_size)
-        pages = allocate_pages(shape, blocks, device)
+        with group.together():
+            pages = allocate_pages(shape, blocks, device)
         return cls(_describe(spec, loaded, capacity), ModelRunner(loaded, pages, capacity))
 
     @classmethod
-    def _resident(cls, spec: ModelSpec, device: torch.device, progress: Progress) -> Worker:
+    def _resident(cls, spec: ModelSpec, device: torch.device, progress: Progress, group: Group) -> Worker:
         from penstock.executor.worker.device.runner import MAX_REPEAT
         from penstock.executor.worker.device.start import start_on_device
 
         if spec.block_tokens & (spec.block_tokens - 1):
             raise ExecutorError(f"block_tokens is {spec.block_tokens}, must be a power of two on a device")
-        started = start_on_device(spec, device, progress)
+        started = start_on_device(spec, device, progress, group)
         info = msgspec.structs.replace(
             _describe(spec, started.loaded, started.capacity),
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -96,6 +111,19 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", device.index or 0)
 
 
+def choose_rank_device(name: str) -> torch.device:
+    """The device of that name for this rank: of several GPUs of a machine that of its LOCAL_RANK.
+
+    Raises ExecutorError if it has none, and for the number of a GPU, which all ranks would share.
+    """
+    device = choose_device(name)
+    if device.type != "cuda":
+        return device
+    if ":" in name:
+        raise ExecutorError(f'device {name!r} is not offered with several ranks: with "cuda" each takes its own')
+    return choose_device(f"cuda:{read_launch().local_rank}")
+
+
 def _check(spec: ModelSpec) -> None:
     if spec.plans_in_flight not in IN_FLIGHT:
         raise ExecutorError(f"plans_in_flight {spec.plans_in_flight} is not offered, only 1 and 2")
@@ -107,7 +135,7 @@ def _check(spec: ModelSpec) -> None:
 
 def _threads(spec: ModelSpec) -> int:
     """Half of the processors unless told: threads that wait for a processor spin, and other roles need some too."""
-    return spec.threads or max(1, len(os.sched_getaffinity(0)) // 2)
+    return spec.threads or max(1, len(os.sched_getaffinity(0)) // (2 * spec.tensor_parallel))
 
 
 def _describe(spec: ModelSpec, loaded: LoadedModel, capacity: Capacity) -> ModelInfo:

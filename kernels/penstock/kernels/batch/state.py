@@ -31,6 +31,8 @@ _WORDS = (
     "stop_count",
 )
 _FLOATS = ("temperature", "top_p", "min_p")
+_ADVANCED = 4
+"""The first of these words are those that a step changes by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,11 @@ class BatchState:
     """int32 [slots + 1, table_width]"""
     row_slots: Tensor
     """int32 [max_rows]"""
+
+    @property
+    def advanced(self) -> Tensor:
+        """All that a step changes by itself, contiguous: ``live``, ``last_token``, ``computed`` and ``outputs``."""
+        return self.arena[: _ADVANCED * (self.layout.slots + 1)]
 
     @classmethod
     def allocate(cls, layout: ArenaLayout, device: torch.device, scratch_block: int) -> BatchState:

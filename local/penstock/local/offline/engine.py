@@ -13,10 +13,12 @@ from typing import Final, Self
 
 from penstock.config.gpu import has_gpu
 from penstock.executor.executor import Executor, ExecutorError, Progress, WorkerLost
+from penstock.executor.launcher import read_launch, torchrun_ranks
 from penstock.executor.models.progress import ProgressBar
 from penstock.executor.step import ModelInfo, ModelSpec, unpack_u32
 from penstock.local.offline.outputs import CompletionOutput, FinishReason, RequestOutput
 from penstock.local.offline.params import SamplingParams
+from penstock.local.offline.ranks import Ranks
 from penstock.scheduler.core.planner import Core
 from penstock.scheduler.core.policies.fcfs import FirstComeFirstServed
 from penstock.scheduler.records.commands import Submit, SubmitSample
@@ -103,6 +105,8 @@ class LLMEngine:
         attention_backend: str = "auto",
         cuda_graphs: bool = True,
         threads: int | None = None,
+        tensor_parallel: int | None = None,
+        rank_seconds: float = 300.0,
         seed: int = 0,
         progress: bool = True,
     ) -> None:
@@ -111,8 +115,11 @@ class LLMEngine:
         ``executor``: "uniproc" (the model in this process), "multiprocess" (in one of its own), "simulated", or "auto":
         multiprocess if there is a GPU. ``attention_backend``: what attends prompts on a GPU, "triton", "flash_attn" or
         "auto". None: 64 sequences and steps of 512 tokens on a CPU, 256 and 16,384 on a GPU.
+        ``tensor_parallel``: ranks that share the model, started by torchrun, None: as many as it has started;
+        ``rank_seconds``: how long one waits for another. Several ranks are "uniproc", and each makes the same calls.
         ``seed``: of the seeds that requests do not bring. Raises ExecutorError with one line if it cannot be loaded.
         """
+        ranks = torchrun_ranks() if tensor_parallel is None else tensor_parallel
         gpu = device != "cpu" and executor != "simulated" and has_gpu()
         spec = ModelSpec(
             path=str(model),
@@ -130,18 +137,23 @@ class LLMEngine:
             cuda_graphs=cuda_graphs,
             plans_in_flight=2,
             threads=threads,
+            tensor_parallel=ranks,
+            rank_seconds=rank_seconds,
         )
         self.tokenizer = _read_tokenizer(Path(model))
         """None: the folder has none, and prompts must be token ids."""
-        self._progress: Progress = ProgressBar() if progress else lambda stage, done, total: None
+        self._progress: Progress = ProgressBar() if progress and _is_first(ranks) else lambda stage, done, total: None
         self._seeds = random.Random(seed)
-        self._executor = create_executor(executor if executor != "auto" else "multiprocess" if gpu else "uniproc")
+        chosen = executor if executor != "auto" else "multiprocess" if gpu and ranks == 1 else "uniproc"
+        self.executor: Executor = create_executor(chosen)
+        """What computes."""
         try:
-            self.info: ModelInfo = self._executor.start(spec, self._progress)
+            self.info: ModelInfo = self.executor.start(spec, self._progress)
             self._core = Core(self.info, FirstComeFirstServed(), traced_step_every=1 << 30)
         except BaseException:
-            self._executor.shutdown()
+            self.executor.shutdown()
             raise
+        self._follows = Ranks(self.executor).rank > 0
         self._samples: dict[int, _Sample] = {}
         self._requests: dict[str, list[int]] = {}
         """The handles of each request that has not ended."""
@@ -168,6 +180,8 @@ class LLMEngine:
         self, request_id: str, prompt: str | None, ids: "array[int]", params: SamplingParams
     ) -> RequestOutput:
         """As add_request, with what ``encode`` made of the prompt; ``prompt``: its text, if it was one."""
+        if self._follows:
+            raise ExecutorError("this rank follows rank 0, which alone takes requests: call LLM.generate in all ranks")
         if request_id in self._requests:
             raise ValueError(f"request {request_id!r} is there already")
         texts = [self._text(ids, params) for _ in range(params.n)]
@@ -263,7 +277,7 @@ class LLMEngine:
             plan = core.plan(time.monotonic_ns(), self._max_repeat())
             if plan is None:
                 return
-            self._executor.submit(plan)
+            self.executor.submit(plan)
 
     def _max_repeat(self) -> int:
         """How many steps like the last one make a burst."""
@@ -277,11 +291,11 @@ class LLMEngine:
                 raise ExecutorError(f"no result within {_STEP_S:.0f} s")
             if self._interrupted:
                 raise ExecutorError("the step was interrupted")
-            select.select([self._executor.fileno()], [], [], _LOOK_S)
-            results = self._executor.results()
+            select.select([self.executor.fileno()], [], [], _LOOK_S)
+            results = self.executor.results()
             if results:
                 break
-            self._executor.check_health()
+            self.executor.check_health()
         now = time.monotonic_ns()
         for result in results:
             flight = self._core.absorb(result, now)
@@ -320,7 +334,7 @@ class LLMEngine:
             if self._restarts > MOST_RESTARTS:
                 raise ExecutorError(f"lost the worker {self._restarts} times: {lost}")
             try:
-                self._executor.restart(self._progress)
+                self.executor.restart(self._progress)
             except WorkerLost as again:
                 lost = again
             else:
@@ -337,7 +351,7 @@ class LLMEngine:
 
     def close(self) -> None:
         """End the executor. Idempotent."""
-        self._executor.shutdown()
+        self.executor.shutdown()
 
     def __enter__(self) -> Self:
         return self
@@ -363,6 +377,11 @@ def create_executor(name: str) -> Executor:
             return SimulatedExecutor()
         case _:
             raise ValueError(f"executor {name!r} is not known: auto, uniproc, multiprocess or simulated")
+
+
+def _is_first(ranks: int) -> bool:
+    """Whether this process is the one that draws progress."""
+    return ranks <= 1 or read_launch().rank == 0
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer | None:

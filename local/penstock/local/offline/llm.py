@@ -3,14 +3,16 @@
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Self, TextIO
 
+from penstock.executor.executor import ExecutorError
 from penstock.local.offline.engine import LLMEngine
 from penstock.local.offline.outputs import RequestOutput
 from penstock.local.offline.params import SamplingParams
+from penstock.local.offline.ranks import Prompt, Ranks
 
-Prompt = str | Sequence[int]
 _REDRAW_S: Final = 0.2
 
 
@@ -20,7 +22,13 @@ class LLM:
     def __init__(self, model: str | Path, **settings: Any) -> None:
         """Load the model of a local folder."""
         self.engine = LLMEngine(model, **settings)
+        self._ranks = Ranks(self.engine.executor)
         self._requests = 0
+
+    @property
+    def rank(self) -> int:
+        """This process among those that torchrun started; 0 if there is one."""
+        return self._ranks.rank
 
     def generate(
         self,
@@ -37,8 +45,16 @@ class LLM:
 
         Those that may make most tokens begin first, so that the last steps are not of a few that came late (Graham
         1969, "Bounds on multiprocessing timing anomalies").
+
+        Under torchrun every rank must make the same calls. Rank 0's prompts and params count, and the call ends in
+        every rank with rank 0's outputs or its error; ExecutorError if prompts differ or a rank is lost.
         """
         many = _listed(prompts)
+        return self._ranks.generate(many, lambda: self._generate(many, params, progress))
+
+    def _generate(
+        self, many: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None, progress: bool
+    ) -> list[RequestOutput]:
         chosen = [params] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(chosen) != len(many):
             raise ValueError(f"{len(many)} prompts and {len(chosen)} params")
@@ -50,7 +66,8 @@ class LLM:
                 outputs[number] = self.engine.add_request(request_id, many[number], chosen[number])
             self._run(_Bar(len(many), sys.stderr) if progress else None)
         except BaseException:
-            self._abort(outputs.values())
+            with suppress(ExecutorError):  # if it has failed, the first error is the one to tell
+                self._abort(outputs.values())
             raise
         return [outputs[number] for number in range(len(many))]
 

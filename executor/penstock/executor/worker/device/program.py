@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from penstock.executor.layers.attention import LayerCache
+from penstock.executor.layers.parallel import ALONE, Group
 from penstock.executor.models.registry import Model
 from penstock.executor.worker.device.attention import ChunkRows, DeviceStep
 from penstock.executor.worker.device.few_rows import FewRowsStep
@@ -52,13 +53,15 @@ class Program:
         prefill: Prefill | None = None,
         *,
         few_rows: bool = False,
+        group: Group = ALONE,
     ) -> None:
         """``pages``: one cache a layer, of ``capacity.num_blocks`` blocks and one more, the scratch block.
 
         ``prefill``: what attends chunks; None: our own kernel. ``few_rows``: decode steps of one to four rows are
-        computed by kernels of their own, if these take the model.
+        computed by kernels of their own, if these take the model. ``group``: the ranks of ``model``, which all run the
+        same steps.
         """
-        self._model, self._pages = model, pages
+        self._model, self._pages, self._group = model, pages, group
         self._prefill = prefill or Prefill()
         self.row_size = model.hidden_size
         """Elements of a row between the layers."""
@@ -99,6 +102,7 @@ class Program:
         """The next tokens of the first ``rows`` rows of the decode batch."""
         with overlapped(self.row_size):
             sample_step(self.logits[:rows], self.state.row_slots[:rows], self.state, self.output, filtered=filtered)
+        self._agree()
 
     def mixed(self, decodes: int, step: MixedStep, *, spread: Spread) -> int:
         """The logits of ``decodes`` rows of the decode batch and of chunks that complete; returns how many."""
@@ -120,6 +124,11 @@ class Program:
         samples = step.sample_slots.numel()
         with overlapped(self.row_size):
             sample_step(self.logits[:samples], step.sample_slots, self.state, self.output, filtered=filtered)
+        self._agree()
+
+    def _agree(self) -> None:
+        """What rank 0 chose holds in all ranks, whose logits may differ in their last bits."""
+        self._group.broadcast(self.state.advanced)
 
     def shallow(self) -> Program:
         """The same with the last two layers alone: any kernel of a step, in a fraction of its time."""

@@ -13,6 +13,7 @@ import torch
 
 from penstock.executor.executor import Progress
 from penstock.executor.layers.attention import LayerCache
+from penstock.executor.layers.parallel import ALONE, Group
 from penstock.executor.step import ModelSpec
 from penstock.executor.worker.device.capture import Recorder
 from penstock.executor.worker.device.graphs import DecodeGraphs
@@ -64,8 +65,8 @@ class Started:
     report: StartReport
 
 
-def start_on_device(spec: ModelSpec, device: torch.device, progress: Progress) -> Started:
-    """Load the model on ``device`` and give it room.
+def start_on_device(spec: ModelSpec, device: torch.device, progress: Progress, group: Group = ALONE) -> Started:
+    """Load the model, or this rank's share of it, on ``device`` and give it room.
 
     Raises CheckpointError, ExecutorError with one line, RuntimeError if memory is short.
     """
@@ -74,27 +75,31 @@ def start_on_device(spec: ModelSpec, device: torch.device, progress: Progress) -
         torch.cuda.set_device(device)
         with report.stage("device", device):
             torch.zeros(1, device=device)
-    with report.stage("weights", device):
+    with report.stage("weights", device), group.together():
         on_bytes = functools.partial(progress, "weights")
-        loaded = load_model(Path(spec.path), spec.dtype, on_bytes, device=device, load_format=spec.load_format)
+        loaded = load_model(
+            Path(spec.path), spec.dtype, on_bytes, device=device, load_format=spec.load_format, group=group
+        )
+    group.require_same("the model", loaded.digest)
     report.bytes["weights"] = loaded.weights.weight_bytes
     if device.type == "cuda":
         with report.stage("products", device):
             loaded.model.tune([spec.max_step_tokens], TUNE_SECONDS, head=False)
             torch.cuda.empty_cache()
-    with report.stage("attention", device):
+    with report.stage("attention", device), group.together():
         prefill = _choose_prefill(spec, loaded, device)
     longest = longest_sequence(spec, loaded.config)
-    shape = PageShape.of(loaded.config, spec.block_tokens, loaded.dtype)
-    with report.stage("profile", device):
+    shape = PageShape.of(loaded.shard, spec.block_tokens, loaded.dtype)
+    with report.stage("profile", device), group.together():
         blocks = _count_blocks(spec, loaded, shape, longest, prefill, device, report)
+    blocks = group.least(blocks)
     longest = min(longest, blocks * spec.block_tokens)
     capacity = Capacity(spec.max_sequences, longest, spec.block_tokens, blocks, loaded.config.vocab_size)
-    with report.stage("pages", device):
+    with report.stage("pages", device), group.together():
         pages = allocate_pages(shape, blocks + 1, device)
     report.bytes["pages"] = (blocks + 1) * shape.block_bytes
     few = computes_few_rows(device, loaded.dtype)
-    program = Program(loaded.model, pages, capacity, spec.max_step_tokens, device, prefill, few_rows=few)
+    program = Program(loaded.model, pages, capacity, spec.max_step_tokens, device, prefill, few_rows=few, group=group)
     graphs, prefills = DecodeGraphs(program), PrefillGraphs(program)
     with torch.inference_mode():
         if device.type == "cuda":
@@ -120,7 +125,7 @@ def computes_few_rows(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _choose_prefill(spec: ModelSpec, loaded: LoadedModel, device: torch.device) -> Prefill:
-    config = loaded.config
+    config = loaded.shard
     shape = AttentionShape(device, loaded.dtype, config.heads, config.kv_heads, config.head_dim, spec.block_tokens)
     return choose_prefill(spec.attention_backend, shape)
 
@@ -179,7 +184,7 @@ def _profile(
     before = torch.cuda.memory_allocated(device)
     capacity = Capacity(spec.max_sequences, longest, spec.block_tokens, 1, loaded.config.vocab_size)
     pages: tuple[LayerCache, ...] = allocate_pages(shape, 2, device)
-    program = Program(loaded.model, pages, capacity, spec.max_step_tokens, device, prefill)
+    program = Program(loaded.model, pages, capacity, spec.max_step_tokens, device, prefill, group=loaded.group)
     run_full_step(program, spec.max_step_tokens, longest)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
