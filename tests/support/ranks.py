@@ -79,7 +79,7 @@ def watched(see: Callable[[StepPlan], object]) -> Iterator[None]:
 def spoil_head(llm: LLM) -> None:
     """Make the logits of this rank those of another model: of a batch that lives on the device."""
     runner: Any = worker(llm).runner
-    model = runner._program._model
+    model = runner._program.model
     model.head = torch.randn_like(model.head)  # another one: a tied head is the embedding, too
 
 

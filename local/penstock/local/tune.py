@@ -17,7 +17,7 @@ from penstock.executor.executor import ExecutorError
 from penstock.executor.models.errors import CheckpointError
 
 _HELP: Final = """\
-Measures whole decode steps of one to four rows, cut in different ways, and writes the best ones to a file that workers
+Measures whole decode steps of one and two rows, cut in different ways, and writes the best ones to a file that workers
 read when they start. A cut whose result is not as near to a float32 reference as the default's is not taken.
 Weights are drawn: a folder with a config.json will do. Takes about a minute for each number of rows and class of
 context; nothing else should use the GPU meanwhile."""
@@ -27,7 +27,7 @@ class TuneConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What to tune, and for how long."""
 
     model_dir: Annotated[Path, Meta(description="A model folder; its config.json will do.")]
-    rows: Annotated[str, Meta(description="Numbers of rows, separated by commas.")] = "1,2,4"
+    rows: Annotated[str, Meta(description="Numbers of rows, separated by commas.")] = "1,2"
     contexts: Annotated[str, Meta(description="Classes of contexts, 0 short to 2 long, separated by commas.")] = "0,1,2"
     seconds: Annotated[float, Meta(gt=0, description="At most, for each of them.")] = 90.0
     device: Annotated[str, Meta(description="cuda or cuda:N.")] = "cuda"
@@ -53,9 +53,10 @@ def run(config: TuneConfig) -> int:
     from penstock.executor.worker.device.tune import tune
     from penstock.executor.worker.model_runner import load_model
     from penstock.executor.worker.worker import choose_device
+    from penstock.kernels.gemv.shapes import MOST_ROWS
     from penstock.kernels.gemv.tuned import file_of, user_folder, write_entries
 
-    rows = _numbers(config.rows, "rows", range(1, 5))
+    rows = _numbers(config.rows, "rows", range(1, MOST_ROWS + 1))
     contexts = _numbers(config.contexts, "contexts", range(3))
     device = choose_device(config.device)
     if device.type != "cuda":

@@ -125,7 +125,9 @@ class _Bench:
         try:
             x = torch.randn(rows, inputs, dtype=weights[0].dtype, device=weights[0].device)
             out = x.new_empty(rows, outputs)
-            expected = linear(x, weights[0])
+            # A copy: the weights may be loaded meanwhile.
+            known = weights[0].clone()
+            expected = linear(x, known)
             if self._library is None:
                 self._library = CublasLt(x.device)
             product = self._library.product(rows, outputs, inputs)
@@ -134,17 +136,24 @@ class _Bench:
             return None
         best, least = None, WORTH * _milliseconds(lambda weight: torch.mm(x, weight.t(), out=out), weights)
         for choice in choices:
-            taken = self._measured(choice, x, weights, out, expected, HOPELESS * least)
+            taken = self._measured(choice, x, known, weights, out, expected, HOPELESS * least)
             if taken <= least:
                 best, least = choice, taken
         return best
 
     def _measured(
-        self, choice: Choice, x: Tensor, weights: Sequence[Tensor], out: Tensor, expected: Tensor, most: float
+        self,
+        choice: Choice,
+        x: Tensor,
+        known: Tensor,
+        weights: Sequence[Tensor],
+        out: Tensor,
+        expected: Tensor,
+        most: float,
     ) -> float:
-        """Milliseconds; infinite if it cannot do this, or is wrong."""
+        """Milliseconds with ``weights``; infinite if it cannot do this, or what it makes of ``known`` is wrong."""
         try:
-            choice.run(x, weights[0], out)
+            choice.run(x, known, out)
             if not _agree(out, expected):
                 return math.inf
         except (CublasLtError, torch.OutOfMemoryError):

@@ -111,16 +111,20 @@ class Layer:
         self.feed_forward = FeedForward(config, place)
         self.absorbed = False
 
-    def absorb_norms(self) -> None:
-        """Make the norms' weights part of the products behind them, unless biases are in the way.
+    def expect_absorbed_norms(self) -> None:
+        """From now on compute as if :meth:`absorb_norms` had been called, unless biases are in the way.
 
         That of queries, keys and values is not: attention adds it behind the norm's factor. The others would be scaled
         by it, or are of products that add to the stream.
         """
-        if all(linear.bias is None for linear in self.linears()[1:]):
+        self.absorbed = all(linear.bias is None for linear in self.linears()[1:])
+
+    def absorb_norms(self) -> None:
+        """Make the norms' weights part of the products behind them, where that is possible."""
+        self.expect_absorbed_norms()
+        if self.absorbed:
             self.attention.qkv.absorb(self.attention_norm)
             self.feed_forward.gate_up.absorb(self.feed_forward_norm)
-            self.absorbed = True
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, step: AttentionStep, cache: LayerCache, chosen: Tensor | None = None
@@ -214,6 +218,11 @@ class Llama:
         part = copy.copy(self)
         part.layers = self.layers[-count:]
         return part
+
+    def expect_absorbed_norms(self) -> None:
+        """See :class:`penstock.executor.models.registry.Model`."""
+        for layer in self.layers:
+            layer.expect_absorbed_norms()
 
     def absorb_norms(self) -> None:
         """See :class:`penstock.executor.models.registry.Model`."""

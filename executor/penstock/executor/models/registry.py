@@ -41,6 +41,10 @@ class Model(Protocol):
         """The same with its last ``count`` layers alone, of the same parameters."""
         ...
 
+    def expect_absorbed_norms(self) -> None:
+        """Before the parameters are set: what is launched or captured from now on counts on :meth:`absorb_norms`."""
+        ...
+
     def absorb_norms(self) -> None:
         """Once the parameters are set: let products take over the weights of the norms before them.
 
@@ -51,7 +55,7 @@ class Model(Protocol):
     def few_rows(self) -> StepWeights | None:
         """Its parameters for the kernels that compute whole steps of few rows; None: these do not take it.
 
-        To be called when the parameters are set and the norms absorbed, if they are to be.
+        To be called when it is settled whether the norms are absorbed; the parameters may be set later.
         """
         ...
 

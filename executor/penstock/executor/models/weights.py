@@ -113,20 +113,27 @@ def _loaded(
     pieces: list[Piece], files: dict[Path, BinaryIO], destinations: dict[str, Tensor], shares: Shares
 ) -> Iterator[Iterator[bytes]]:
     """Load the pieces; their hashes, in order, each once the piece is where it belongs."""
-    on_gpu = any(tensor.is_cuda for tensor in destinations.values())
+    device = next(iter(destinations.values())).device
+    on_gpu = device.type == "cuda"
     threads = max(1, min(GPU_READERS if on_gpu else HOST_READERS, len(pieces)))
     size = max((piece.size for piece in pieces), default=0)
-    staging: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
-    for _ in range(threads):
-        staging.put(torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu))
+    # Each on a stream of its own: whoever works on the device meanwhile is not held up, nor are captures disturbed.
+    streams = [torch.cuda.Stream(device) for _ in range(threads)] if on_gpu else [None] * threads  # type: ignore[no-untyped-call]
+    staging: queue.SimpleQueue[tuple[Tensor, torch.cuda.Stream | None]] = queue.SimpleQueue()
+    for stream in streams:
+        staging.put((torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu), stream))
 
     def load(piece: Piece) -> bytes:
-        memory = staging.get_nowait()  # there is one for each thread
+        memory, stream = staging.get_nowait()  # there is one for each thread
         try:
             name, file = piece.entry.name, files[piece.entry.path]
-            return _load(piece, file, memory[: piece.size], destinations[name], shares.get(name))
+            with torch.cuda.stream(stream):
+                digest = _load(piece, file, memory[: piece.size], destinations[name], shares.get(name))
+            if stream is not None:
+                stream.synchronize()
+            return digest
         finally:
-            staging.put(memory)
+            staging.put((memory, stream))
 
     if threads == 1:
         yield map(load, pieces)

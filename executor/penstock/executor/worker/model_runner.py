@@ -32,6 +32,33 @@ DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
+class UnsetModel:
+    """A model whose parameters are allocated."""
+
+    model: Model
+    config: ModelConfig
+    dtype: torch.dtype
+    shard: ModelConfig
+    """What this rank computes of it."""
+    shares: Shares
+    device: torch.device
+    group: Group = ALONE
+
+    def fill(self, folder: Path, on_progress: ByteProgress) -> LoadedModel:
+        """Set the parameters from a checkpoint. Raises CheckpointError."""
+        return self._filled(load_weights(self.model, folder, on_progress, self.shares))
+
+    def draw(self) -> LoadedModel:
+        """Set them at random: see :func:`penstock.executor.models.weights.draw_weights`."""
+        return self._filled(draw_weights(self.model, shares=self.shares))
+
+    def _filled(self, weights: LoadedWeights) -> LoadedModel:
+        if absorbs(self.device, self.dtype):
+            self.model.absorb_norms()
+        return LoadedModel(self.model, self.config, weights, self.dtype, self.shard, self.group)
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model whose parameters are set."""
 
@@ -62,6 +89,17 @@ def load_model(
 
     Raises CheckpointError, and ExecutorError for a dtype or a load format that is not offered.
     """
+    unset = allocate_model(folder, dtype, device=device, load_format=load_format, group=group)
+    return unset.draw() if load_format == "dummy" else unset.fill(folder, on_progress)
+
+
+def allocate_model(
+    folder: Path, dtype: str, *, device: torch.device, load_format: str = "safetensors", group: Group = ALONE
+) -> UnsetModel:
+    """The same without the parameters: whatever is launched with them before they are set computes nonsense.
+
+    Raises CheckpointError, and ExecutorError for a dtype or a load format that is not offered.
+    """
     config = read_config(folder)
     name = config.dtype if dtype == "auto" else dtype
     if name not in DTYPES:
@@ -70,12 +108,9 @@ def load_model(
         raise ExecutorError(f"load_format {load_format!r} is not supported, only {', '.join(map(repr, LOAD_FORMATS))}")
     shard = rank_config(config, group.size, folder)
     model = build_model(shard, DTYPES[name], device, group)
-    shares = _find_shares(config, model, group)
-    dummy = load_format == "dummy"
-    weights = draw_weights(model, shares=shares) if dummy else load_weights(model, folder, on_progress, shares)
     if absorbs(device, DTYPES[name]):
-        model.absorb_norms()
-    return LoadedModel(model, config, weights, DTYPES[name], shard, group)
+        model.expect_absorbed_norms()
+    return UnsetModel(model, config, DTYPES[name], shard, _find_shares(config, model, group), device, group)
 
 
 def _find_shares(config: ModelConfig, model: Model, group: Group) -> Shares:

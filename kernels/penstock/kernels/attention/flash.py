@@ -14,12 +14,15 @@ of the table can hold: bounds that must be true at each replay.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import inspect
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 import torch
@@ -148,11 +151,21 @@ def _is_installed(module: str) -> bool:
 def _load_4() -> FlashLibrary:
     # What it says of its own code to its own authors, again with every kernel.
     warnings.filterwarnings("ignore", module=_ITS_PARTS)
+    _keep_compiled()
     try:
         from flash_attn.cute.interface import _flash_attn_fwd as forward
     except _BROKEN as error:
         raise FlashUnavailable(f"flash-attn-4 cannot be imported: {' '.join(str(error).split())}") from error
     return Flash4(forward)
+
+
+def _keep_compiled() -> None:
+    """Let it keep what it has compiled, if nobody has said otherwise: in a folder that only this user can write."""
+    folder = Path.home() / ".cache" / "penstock" / "flash_attn"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder))
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
 
 class Flash4:

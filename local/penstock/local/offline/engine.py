@@ -142,13 +142,17 @@ class LLMEngine:
         )
         self.tokenizer = _read_tokenizer(Path(model))
         """None: the folder has none, and prompts must be token ids."""
-        self._progress: Progress = ProgressBar() if progress and _is_first(ranks) else lambda stage, done, total: None
+        bar = ProgressBar() if progress and _is_first(ranks) else None
+        self._progress: Progress = bar or (lambda stage, done, total: None)
+        begun = time.monotonic()
         self._seeds = random.Random(seed)
         chosen = executor if executor != "auto" else "multiprocess" if gpu and ranks == 1 else "uniproc"
         self.executor: Executor = create_executor(chosen)
         """What computes."""
         try:
             self.info: ModelInfo = self.executor.start(spec, self._progress)
+            if bar is not None:
+                bar.started(time.monotonic() - begun, self.info.startup_ms)
             self._core = Core(self.info, FirstComeFirstServed(), traced_step_every=1 << 30)
         except BaseException:
             self.executor.shutdown()

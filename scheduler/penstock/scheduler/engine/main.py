@@ -53,6 +53,7 @@ def serve(arguments: EngineArguments, events_ring: RingWriter, vitals: Vitals) -
     """Start, serve until told to end, shut down. Raises ExecutorError."""
     executor = create_executor(arguments.spec)
     progress = _progress(arguments.spec.log_level)
+    begun = time.monotonic()
     try:
         info = run_beside(lambda: executor.start(arguments.spec.model, progress), vitals.beat)
         try:
@@ -67,6 +68,8 @@ def serve(arguments: EngineArguments, events_ring: RingWriter, vitals: Vitals) -
             )
         except ValueError as error:
             raise ExecutorError(str(error)) from error
+        if isinstance(progress, ProgressBar):
+            progress.started(time.monotonic() - begun, info.startup_ms)
         events_ring.put(events.encode(events.Started(info)))
         vitals.set_state(EngineState.SERVING)
         gc.collect()

@@ -1,4 +1,4 @@
-"""Decode steps of one to four rows, whole: from the state of the slots to their next tokens, without the host.
+"""Decode steps of few rows, whole: from the state of the slots to their next tokens, without the host.
 
 Five kernels a layer, one before and two behind them (:mod:`penstock.kernels.gemv`). What they make of a step is kept
 for a while in memory of its own, so that the next step need not wait until it has been fetched.

@@ -77,14 +77,21 @@ class Rule:
                 return chunks.lone and chunks.longest <= CUDNN_ROWS
 
 
-# TFLOP/s of flash-attn-4 over pages of 64 tokens, flash-attn-4 without pages, cuDNN, on an H200, 32 query heads and 8
-# key/value heads of 128; ours makes 259 to 408, and has been measured at other shapes. A step of few rows is launched
-# kernel by kernel as fast as the host can, and flash-attn-4 takes the host longer than ours.
-#   1 × 512           —    59   128
-#   8 × 1,024         —   402   426
-#   1 × 8,192         —   620   544
-#   4 × 512 over 4,096   549    —     —
-#   2,048 over 8,192     565    —     —
+# Microseconds of a layer on an H200 (bench/results/h200/prefill.jsonl), pages of 64 tokens: ours, flash-attn-4 over
+# pages, the same without pages, cuDNN.
+#                            32 query heads                16 query heads
+#   1 × 128               7     9    11    14           7    10    10    14
+#   1 × 512              15    14    16    21          12    13    15    20
+#   1 × 1,024            39    27    27    42          24    20    22    28
+#   1 × 2,048           115    75    75     —          67    39    41     —
+#   1 × 4,096           373   245   227     —         217   126   123     —
+#   1 × 8,192          1369   923   842     —         710   444   418     —
+#   8 × 1,024           256   200     —     —         130   100     —     —
+#   1 × 512 over 4,096   91    67     —     —          69    63     —     —
+#   4 × 512 over 4,096  384   244     —     —         203   128     —     —
+#   2,048 over 8,192    790   487     —     —         412   247     —     —
+# A step of more than 512 rows is launched kernel by kernel as fast as the host can, and flash-attn-4 takes the host
+# 67 µs a layer over pages and 115 without, ours 27: below 2,048 rows it would lose that way what it gains.
 AUTO: Final = (
     Rule(Kernel.FLASH_LONE, rows=4096),
     Rule(Kernel.FLASH, rows=2048),

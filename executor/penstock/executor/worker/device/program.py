@@ -57,11 +57,11 @@ class Program:
     ) -> None:
         """``pages``: one cache a layer, of ``capacity.num_blocks`` blocks and one more, the scratch block.
 
-        ``prefill``: what attends chunks; None: our own kernel. ``few_rows``: decode steps of one to four rows are
+        ``prefill``: what attends chunks; None: our own kernel. ``few_rows``: decode steps of few rows are
         computed by kernels of their own, if these take the model. ``group``: the ranks of ``model``, which all run the
         same steps.
         """
-        self._model, self._pages, self._group = model, pages, group
+        self.model, self._pages, self._group = model, pages, group
         self._prefill = prefill or Prefill()
         self.row_size = model.hidden_size
         """Elements of a row between the layers."""
@@ -95,8 +95,8 @@ class Program:
         gather_rows(self.state, rows, self._block_tokens, self.rows)
         step = DeviceStep(self.state, self.rows, rows, spread=spread)
         with overlapped(self.row_size):
-            hidden = self._model.forward(self.rows.ids[:rows], step, self._pages)
-            self._model.logits(hidden, out=self.logits[:rows])
+            hidden = self.model.forward(self.rows.ids[:rows], step, self._pages)
+            self.model.logits(hidden, out=self.logits[:rows])
 
     def choose(self, rows: int, *, filtered: bool) -> None:
         """The next tokens of the first ``rows`` rows of the decode batch."""
@@ -114,9 +114,9 @@ class Program:
         attention = DeviceStep(self.state, self.rows, decodes, self._prefill.bind(chunks, count - decodes), spread)
         samples = step.sample_slots.numel()
         with overlapped(self.row_size):
-            hidden = self._model.forward(self.rows.ids[:count], attention, self._pages, step.chosen)
+            hidden = self.model.forward(self.rows.ids[:count], attention, self._pages, step.chosen)
             if samples:
-                self._model.logits(hidden, out=self.logits[: hidden.shape[0]])
+                self.model.logits(hidden, out=self.logits[: hidden.shape[0]])
         return samples
 
     def choose_mixed(self, step: MixedStep, *, filtered: bool) -> None:
@@ -133,7 +133,7 @@ class Program:
     def shallow(self) -> Program:
         """The same with the last two layers alone: any kernel of a step, in a fraction of its time."""
         part = copy.copy(self)
-        part._model, part._pages = self._model.last_layers(2), self._pages[-2:]
+        part.model, part._pages = self.model.last_layers(2), self._pages[-2:]
         return part
 
     def meet_prefill(self) -> None:

@@ -17,6 +17,7 @@ from penstock.executor.layers.parallel import ALONE, Group
 from penstock.executor.step import ModelSpec
 from penstock.executor.worker.device.capture import Recorder
 from penstock.executor.worker.device.graphs import DecodeGraphs
+from penstock.executor.worker.device.loading import Loading, loading_beside
 from penstock.executor.worker.device.memory import GRAPH_BYTES, Budget, count_device_blocks
 from penstock.executor.worker.device.prefill import Prefill, choose_prefill
 from penstock.executor.worker.device.prefill_graphs import PrefillGraphs
@@ -25,7 +26,7 @@ from penstock.executor.worker.device.runner import DeviceRunner
 from penstock.executor.worker.device.sizes import graph_sizes
 from penstock.executor.worker.device.warm_up import run_full_step, warm_up
 from penstock.executor.worker.kv_cache import PageShape, allocate_pages, longest_sequence
-from penstock.executor.worker.model_runner import LoadedModel, load_model
+from penstock.executor.worker.model_runner import LoadedModel, UnsetModel, allocate_model
 from penstock.executor.worker.slots import Capacity
 from penstock.kernels.attention.chunks import AttentionShape
 
@@ -75,58 +76,116 @@ def start_on_device(spec: ModelSpec, device: torch.device, progress: Progress, g
         torch.cuda.set_device(device)
         with report.stage("device", device):
             torch.zeros(1, device=device)
-    with report.stage("weights", device), group.together():
-        on_bytes = functools.partial(progress, "weights")
-        loaded = load_model(
-            Path(spec.path), spec.dtype, on_bytes, device=device, load_format=spec.load_format, group=group
-        )
+    folder = Path(spec.path)
+    with report.stage("parameters", device), group.together():
+        unset = allocate_model(folder, spec.dtype, device=device, load_format=spec.load_format, group=group)
+        drawn = None
+        if device.type == "cuda" or spec.load_format == "dummy":
+            drawn = unset.draw()  # until they are loaded: products are measured with numbers like those of a model
+
+    def load() -> LoadedModel:
+        if drawn is not None and spec.load_format == "dummy":
+            return drawn
+        return unset.fill(folder, functools.partial(progress, "weights"))
+
+    with loading_beside(load, device) as loading:
+        if device.type != "cuda":  # whatever is done meanwhile would take the processors that loading needs
+            with group.together():
+                loading.wait()
+        prepared = _prepare(spec, unset, device, progress, report, loading)
+        with report.stage("waiting", device), group.together():
+            loaded = loading.wait()
+    report.milliseconds["weights"] = round(1000 * loading.seconds)
     group.require_same("the model", loaded.digest)
     report.bytes["weights"] = loaded.weights.weight_bytes
+    runner = DeviceRunner(
+        prepared.program, prepared.graphs, prepared.prefills, prepared.capacity, spec.max_step_tokens, device
+    )
+    return Started(runner, loaded, prepared.capacity, prepared.attention, report)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """All that does not ask what the weights are."""
+
+    program: Program
+    graphs: DecodeGraphs
+    prefills: PrefillGraphs
+    capacity: Capacity
+    attention: tuple[str, ...]
+
+
+def _prepare(
+    spec: ModelSpec,
+    unset: UnsetModel,
+    device: torch.device,
+    progress: Progress,
+    report: StartReport,
+    loading: Loading,
+) -> _Prepared:
+    """Room, kernels and graphs, while the weights are loaded into their places."""
+    group, model = unset.group, unset.model
     if device.type == "cuda":
         with report.stage("products", device):
-            loaded.model.tune([spec.max_step_tokens], TUNE_SECONDS, head=False)
+            model.tune([spec.max_step_tokens], TUNE_SECONDS, head=False)
             torch.cuda.empty_cache()
     with report.stage("attention", device), group.together():
-        prefill = _choose_prefill(spec, loaded, device)
-    longest = longest_sequence(spec, loaded.config)
-    shape = PageShape.of(loaded.shard, spec.block_tokens, loaded.dtype)
+        loading.check()
+        prefill = _choose_prefill(spec, unset, device)
+    longest = longest_sequence(spec, unset.config)
+    shape = PageShape.of(unset.shard, spec.block_tokens, unset.dtype)
     with report.stage("profile", device), group.together():
-        blocks = _count_blocks(spec, loaded, shape, longest, prefill, device, report)
+        loading.check()
+        blocks = _count_blocks(spec, unset, shape, longest, prefill, device, report)
     blocks = group.least(blocks)
     longest = min(longest, blocks * spec.block_tokens)
-    capacity = Capacity(spec.max_sequences, longest, spec.block_tokens, blocks, loaded.config.vocab_size)
+    capacity = Capacity(spec.max_sequences, longest, spec.block_tokens, blocks, unset.config.vocab_size)
     with report.stage("pages", device), group.together():
         pages = allocate_pages(shape, blocks + 1, device)
     report.bytes["pages"] = (blocks + 1) * shape.block_bytes
-    few = computes_few_rows(device, loaded.dtype)
-    program = Program(loaded.model, pages, capacity, spec.max_step_tokens, device, prefill, few_rows=few, group=group)
+    few = computes_few_rows(device, unset.dtype)
+    program = Program(model, pages, capacity, spec.max_step_tokens, device, prefill, few_rows=few, group=group)
     graphs, prefills = DecodeGraphs(program), PrefillGraphs(program)
-    with torch.inference_mode():
-        if device.type == "cuda":
-            with report.stage("warm_up", device):
-                warm_up(program, spec.max_step_tokens, longest)
-        if device.type == "cuda" and spec.cuda_graphs:
-            with report.stage("products", device):
-                loaded.model.tune(
-                    [rows for rows in graph_sizes(spec.max_sequences) if rows >= TUNED_ROWS], TUNE_SECONDS
-                )
-            with report.stage("graphs", device):
-                report.bytes["graphs"] = _capture(graphs, prefills, spec, device, progress)
-    runner = DeviceRunner(program, graphs, prefills, capacity, spec.max_step_tokens, device)
-    return Started(runner, loaded, capacity, prefill.names, report)
+    if device.type == "cuda":
+        with torch.inference_mode():
+            _launch_and_capture(spec, program, graphs, prefills, longest, progress, report, loading)
+    return _Prepared(program, graphs, prefills, capacity, prefill.names)
+
+
+def _launch_and_capture(
+    spec: ModelSpec,
+    program: Program,
+    graphs: DecodeGraphs,
+    prefills: PrefillGraphs,
+    longest: int,
+    progress: Progress,
+    report: StartReport,
+    loading: Loading,
+) -> None:
+    device = program.state.arena.device
+    with report.stage("warm_up", device):
+        warm_up(program, spec.max_step_tokens, longest)
+    if not spec.cuda_graphs:
+        return
+    with report.stage("products", device):
+        rows = [rows for rows in graph_sizes(spec.max_sequences) if rows >= TUNED_ROWS]
+        program.model.tune(rows, TUNE_SECONDS)
+    loading.check()
+    with report.stage("graphs", device):
+        report.bytes["graphs"] = _capture(graphs, prefills, spec, device, progress)
 
 
 def computes_few_rows(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether steps of one to four rows have kernels of their own: not in the reference mode, float32.
+    """Whether steps of few rows have kernels of their own: not in the reference mode, float32.
 
     There all steps are computed by the same kernels, so that nothing depends on the company that a sequence has.
     """
     return device.type == "cuda" and dtype == torch.bfloat16
 
 
-def _choose_prefill(spec: ModelSpec, loaded: LoadedModel, device: torch.device) -> Prefill:
-    config = loaded.shard
-    shape = AttentionShape(device, loaded.dtype, config.heads, config.kv_heads, config.head_dim, spec.block_tokens)
+def _choose_prefill(spec: ModelSpec, unset: UnsetModel, device: torch.device) -> Prefill:
+    config = unset.shard
+    shape = AttentionShape(device, unset.dtype, config.heads, config.kv_heads, config.head_dim, spec.block_tokens)
     return choose_prefill(spec.attention_backend, shape)
 
 
@@ -156,7 +215,7 @@ def _graphs(spec: ModelSpec) -> int:
 
 def _count_blocks(
     spec: ModelSpec,
-    loaded: LoadedModel,
+    unset: UnsetModel,
     shape: PageShape,
     longest: int,
     prefill: Prefill,
@@ -166,7 +225,7 @@ def _count_blocks(
     if device.type != "cuda":
         room = Budget(spec.kv_cache_bytes or 1 << 30, 0, 0, 0, 1.0)
         return count_device_blocks(spec, shape, longest, room)
-    report.bytes["step"] = step = _profile(spec, loaded, shape, longest, prefill, device)
+    report.bytes["step"] = step = _profile(spec, unset, shape, longest, prefill, device)
     free, total = torch.cuda.mem_get_info(device)
     graphs = GRAPH_BYTES * _graphs(spec) if spec.cuda_graphs else 0
     return count_device_blocks(
@@ -176,15 +235,15 @@ def _count_blocks(
 
 @torch.inference_mode()
 def _profile(
-    spec: ModelSpec, loaded: LoadedModel, shape: PageShape, longest: int, prefill: Prefill, device: torch.device
+    spec: ModelSpec, unset: UnsetModel, shape: PageShape, longest: int, prefill: Prefill, device: torch.device
 ) -> int:
     """The most bytes that state and a full step take beside weights and pages: measured with a pool of one block."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    capacity = Capacity(spec.max_sequences, longest, spec.block_tokens, 1, loaded.config.vocab_size)
+    capacity = Capacity(spec.max_sequences, longest, spec.block_tokens, 1, unset.config.vocab_size)
     pages: tuple[LayerCache, ...] = allocate_pages(shape, 2, device)
-    program = Program(loaded.model, pages, capacity, spec.max_step_tokens, device, prefill, group=loaded.group)
+    program = Program(unset.model, pages, capacity, spec.max_step_tokens, device, prefill, group=unset.group)
     run_full_step(program, spec.max_step_tokens, longest)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
