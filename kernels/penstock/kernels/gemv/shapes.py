@@ -190,8 +190,8 @@ def alternatives(shape: StepShape, sizes: LayerSizes, product: str) -> Iterator[
     ]
     for one in tried:
         within = 1 <= one.outputs <= 32 and 128 <= one.inputs <= 4096 and 1 <= one.warps <= 16
-        fits = one.fits(one.outputs if product == "head" else outputs, inputs)
-        if within and fits and 1 <= one.ahead <= inputs // one.inputs:
+        fits = within and one.fits(one.outputs if product == "head" else outputs, inputs)
+        if fits and 1 <= one.ahead <= inputs // one.inputs:
             yield replace(shape, **{product: one})  # type: ignore[arg-type]
 
 
