@@ -50,7 +50,7 @@ def run(config: TuneConfig) -> int:
     """Tune, telling every improvement. Raises ExecutorError if there is no GPU or the kernels do not take the model."""
     import torch
 
-    from penstock.executor.worker.device.tune import tune
+    from penstock.executor.worker.device.tune import tokens_of, tune
     from penstock.executor.worker.model_runner import load_model
     from penstock.executor.worker.worker import choose_device
     from penstock.kernels.gemv.shapes import MOST_ROWS
@@ -62,13 +62,16 @@ def run(config: TuneConfig) -> int:
     if device.type != "cuda":
         raise ExecutorError(f"device {config.device!r} is no GPU: there is nothing to tune")
     torch.cuda.set_device(device)
+    path = config.output or user_folder() / file_of(torch.cuda.get_device_name(device))
     with torch.inference_mode():
         loaded = load_model(config.model_dir, "bfloat16", lambda done, total: None, device=device, load_format="dummy")
         weights = loaded.model.few_rows()
-    path = config.output or user_folder() / file_of(torch.cuda.get_device_name(device))
     for count in rows:
         near = None
         for context in contexts:
+            if weights is not None and tokens_of(weights, context) is None:
+                _tell(f"contexts {context}: the model has no positions for them")
+                continue
             begun = time.monotonic()
             entry = None if weights is None else tune(
                 weights, count, context, near=near, limit_s=config.seconds, measured=_versions(), told=_tell
