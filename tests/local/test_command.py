@@ -24,7 +24,7 @@ def penstock(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 def test_help_lists_the_commands() -> None:
     done = penstock("--help")
     assert (done.returncode, done.stderr) == (0, "")
-    for command in ("serve", "generate", "trace", "demo", "service", "scheduler"):
+    for command in ("serve", "generate", "trace", "demo", "tune", "service", "scheduler"):
         assert f"\n  {command} " in done.stdout
 
 
@@ -40,7 +40,7 @@ def test_the_version() -> None:
     assert done.stdout.startswith("penstock 0.")
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "trace", "demo", "service"])
+@pytest.mark.parametrize("command", ["serve", "generate", "trace", "demo", "tune", "service"])
 def test_each_command_has_help(command: str) -> None:
     done = penstock(command, "--help")
     assert (done.returncode, done.stderr) == (0, "")
@@ -62,6 +62,13 @@ def test_each_command_has_help(command: str) -> None:
         (["trace", "xyz"], "expected 32 hexadecimal digits"),
         (["demo", "extra"], "unexpected argument 'extra'"),
         (["service", "--nope"], "unknown flag --nope"),
+        (["tune"], "--model-dir is required"),
+        (["tune", "x", "--rows", "1,two"], "rows '1,two': must be numbers separated by commas"),
+        (["tune", "x", "--rows", ""], "rows '': must be numbers separated by commas"),
+        (["tune", "x", "--rows", "1,9"], "rows 9: must be from 1 to "),
+        (["tune", "x", "--rows", "0"], "rows 0: must be from 1 to "),
+        (["tune", "x", "--contexts", "3"], "contexts 3: must be from 0 to 2"),
+        (["tune", "x", "--seconds", "0"], "--seconds"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], message: str) -> None:
@@ -70,6 +77,17 @@ def test_a_mistake_is_one_line(arguments: list[str], message: str) -> None:
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "message"), [("cuda", "0 CUDA devices were found"), ("cpu", "is no GPU"), ("abacus", "is not known")]
+)
+def test_tuning_wants_a_gpu(device: str, message: str) -> None:
+    done = penstock("tune", "x", "--device", device, CUDA_VISIBLE_DEVICES="")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: device '{device}' ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", [("generate", "x"), ("trace",)])

@@ -61,13 +61,13 @@ def compile_for_sm90(kernel: Any, arguments: Sequence[object], *, warps: int, st
     constants: dict[str, object] = {}
     attributes: dict[tuple[int], list[list[object]]] = {}
     for index, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or value is None:
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
             continue
         signature[parameter.name] = _type_of(parameter.name, value)
         aligned = isinstance(value, Tensor) or (isinstance(value, int) and value % _ALIGNED_BYTES == 0)
-        if aligned and not parameter.do_not_specialize:
+        if aligned and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
             attributes[(index,)] = [["tt.divisibility", _ALIGNED_BYTES]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     made = triton.compile(source, target=_TARGET, options={"num_warps": warps, "num_stages": stages})

@@ -47,14 +47,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(config: TuneConfig) -> int:
-    """Tune, telling every improvement. Raises ExecutorError if there is no GPU or the kernels do not take the model."""
+    """Tune, telling every improvement. Raises ExecutorError if it cannot be done."""
     import torch
 
-    from penstock.executor.worker.device.tune import tune
+    from penstock.executor.worker.device.tune import tokens_of, tune
     from penstock.executor.worker.model_runner import load_model
     from penstock.executor.worker.worker import choose_device
     from penstock.kernels.gemv.shapes import MOST_ROWS
-    from penstock.kernels.gemv.tuned import file_of, user_folder, write_entries
+    from penstock.kernels.gemv.tuned import file_of, read_entries, user_folder, write_entries
 
     rows = _numbers(config.rows, "rows", range(1, MOST_ROWS + 1))
     contexts = _numbers(config.contexts, "contexts", range(3))
@@ -62,13 +62,21 @@ def run(config: TuneConfig) -> int:
     if device.type != "cuda":
         raise ExecutorError(f"device {config.device!r} is no GPU: there is nothing to tune")
     torch.cuda.set_device(device)
+    path = config.output or user_folder() / file_of(torch.cuda.get_device_name(device))
+    if path.is_file():
+        try:
+            read_entries(path)
+        except ValueError as error:
+            raise ExecutorError(str(error)) from error
     with torch.inference_mode():
         loaded = load_model(config.model_dir, "bfloat16", lambda done, total: None, device=device, load_format="dummy")
         weights = loaded.model.few_rows()
-    path = config.output or user_folder() / file_of(torch.cuda.get_device_name(device))
     for count in rows:
         near = None
         for context in contexts:
+            if weights is not None and tokens_of(weights, context) is None:
+                _tell(f"contexts {context}: the model has no positions for them")
+                continue
             begun = time.monotonic()
             entry = None if weights is None else tune(
                 weights, count, context, near=near, limit_s=config.seconds, measured=_versions(), told=_tell

@@ -160,11 +160,15 @@ def _takes(sizes: LayerSizes) -> bool:
 
 
 def _fitting(start: GemvShape, outputs: int, inputs: int, rows: int, ragged: bool) -> GemvShape:
-    """The cut nearest to ``start`` that divides such a weight; more rows take more registers."""
+    """The cut nearest to ``start`` that divides such a weight; more rows take more registers.
+
+    Where that makes a step small, fewer warps share it: each thread still has a whole load.
+    """
     most = start.outputs if rows == 1 else min(start.outputs, 8)
     fitting = most if ragged else min(most, outputs & -outputs)
     step = min(start.inputs, inputs & -inputs)
-    return replace(start, outputs=fitting, inputs=step, ahead=min(start.ahead, inputs // step))
+    warps = min(start.warps, max(1, fitting * step // (32 * vector(torch.bfloat16))))
+    return GemvShape(fitting, step, warps, min(start.ahead, inputs // step))
 
 
 def vector(dtype: torch.dtype) -> int:
@@ -186,8 +190,8 @@ def alternatives(shape: StepShape, sizes: LayerSizes, product: str) -> Iterator[
     ]
     for one in tried:
         within = 1 <= one.outputs <= 32 and 128 <= one.inputs <= 4096 and 1 <= one.warps <= 16
-        fits = one.fits(one.outputs if product == "head" else outputs, inputs)
-        if within and fits and 1 <= one.ahead <= inputs // one.inputs:
+        fits = within and one.fits(one.outputs if product == "head" else outputs, inputs)
+        if fits and 1 <= one.ahead <= inputs // one.inputs:
             yield replace(shape, **{product: one})  # type: ignore[arg-type]
 
 

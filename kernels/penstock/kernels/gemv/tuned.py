@@ -112,4 +112,4 @@ def file_of(gpu: str) -> str:
 def user_folder() -> Path:
     """Where entries of this user are."""
     named = os.environ.get("PENSTOCK_TUNED")
-    return Path(named) if named else Path.home() / ".cache" / "penstock" / "measured"
+    return Path(named) if named else Path.home() / ".cache" / "penstock" / "tuned"

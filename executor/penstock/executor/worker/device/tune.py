@@ -24,6 +24,7 @@ from penstock.kernels.batch.state import LIVE, ArenaLayout, BatchState
 from penstock.kernels.gemv.attention import FewRows, few_rows_attention_reference
 from penstock.kernels.gemv.product import gemv_reference
 from penstock.kernels.gemv.shapes import (
+    CONTEXTS,
     PRODUCTS,
     StepShape,
     alternatives,
@@ -207,21 +208,30 @@ class Tuner:
         return (one for one in near if one not in self._seen)
 
 
+def tokens_of(weights: StepWeights, context: int) -> int | None:
+    """The length at which steps of this class of contexts are measured; None: the model's positions end before it."""
+    shortest = CONTEXTS[context - 1] if context else 0
+    tokens = min(TOKENS[context], weights.cos_sin.shape[0] - 2 * STEPS)
+    return tokens if tokens > shortest else None
+
+
 @torch.inference_mode()
 def tune(
     weights: StepWeights, rows: int, context: int, *, near: StepShape | None, limit_s: float, measured: str,
     told: Callable[[str], None],
 ) -> Entry | None:  # fmt: skip
-    """The best cut found within ``limit_s`` seconds; None: these kernels do not take the model.
+    """The best cut found within ``limit_s`` seconds.
 
+    None: these kernels do not take the model, or it has no such contexts (:func:`tokens_of`).
     ``near``: the best cut of a shorter context, of which all but attention is kept; None: everything is looked for.
     ``measured``: see :class:`penstock.kernels.gemv.tuned.Entry`. Raises RuntimeError if the default is wrong or cannot
     be launched.
     """
     default = default_shape(weights.sizes, rows, context)
-    if default is None:
+    tokens = tokens_of(weights, context)
+    if default is None or tokens is None:
         return None
-    tuner = Tuner(StepBench(weights, rows, TOKENS[context]), limit_s, told)
+    tuner = Tuner(StepBench(weights, rows, tokens), limit_s, told)
     plain = tuner.measure(default)
     if plain is None or not math.isfinite(plain.error):
         raise RuntimeError(f"the default cut for {rows} rows of this model is wrong")
@@ -233,6 +243,6 @@ def tune(
         found += [] if tried is None else [tried]
     best = tuner.descend(min(found, key=lambda tried: tried.ms), attention_only=near is not None)
     return Entry(
-        weights.sizes, rows, context, best.shape, round(best.ms, 5), round(plain.ms, 5), TOKENS[context],
+        weights.sizes, rows, context, best.shape, round(best.ms, 5), round(plain.ms, 5), tokens,
         round(best.error, 5), round(plain.error, 5), measured,
     )  # fmt: skip
