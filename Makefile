@@ -9,8 +9,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 RELEASED := proto/released.binpb
-# The kernels on a CPU: nothing but arithmetic, so it may take two cores.
-INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# What computes and waits for nobody may take two cores; the rest has real processes and clocks, one after the other.
+COMPUTING := tests/core tests/executor tests/kernels
+ALONE := $(BIN)/python -m pytest $(COMPUTING:%=--ignore=%)
+TOGETHER := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+INTERPRETED := TRITON_INTERPRET=1 $(TOGETHER)
 
 .DELETE_ON_ERROR:
 .PHONY: help venv demo test test-long test-gpu lint lint-code lint-proto proto bench clean
@@ -46,11 +49,13 @@ demo: $(VENV)/.runs
 	@$(BIN)/penstock demo
 
 test: $(VENV)/.develops
-	@$(BIN)/python -m pytest -m "not gpu and not long"
+	@$(ALONE) -m "not gpu and not long"
+	@$(TOGETHER) -m "not gpu and not long" $(COMPUTING)
 	@$(INTERPRETED) -m "not gpu and not long" tests/kernels
 
 test-long: $(VENV)/.develops
-	@$(BIN)/python -m pytest -m "not gpu"
+	@$(ALONE) -m "not gpu"
+	@$(TOGETHER) -m "not gpu" $(COMPUTING)
 	@$(INTERPRETED) -m "not gpu" tests/kernels
 
 # On a machine with an NVIDIA GPU; PENSTOCK_SOAK_SECONDS=240 makes the soak as long as a release is held to.

@@ -22,15 +22,8 @@ from penstock.executor.models.weights import load_weights
 from penstock.executor.worker.device import tune as tuning
 from penstock.executor.worker.device.tune import BLOCK_TOKENS, TOKENS, WORTH, StepBench, Tried, Tuner, tokens_of, tune
 from penstock.kernels.attention.reference import Scratch
-from penstock.kernels.gemv.shapes import (
-    PRODUCTS,
-    StepShape,
-    alternatives,
-    attention_alternatives,
-    context_class,
-    default_shape,
-    starts,
-)
+from penstock.kernels.gemv.neighbours import alternatives, attention_alternatives
+from penstock.kernels.gemv.shapes import PRODUCTS, StepShape, context_class, default_shape, starts
 from penstock.kernels.gemv.tuned import Entry
 from support.tiny_llama import TINY_QWEN2, TINY_QWEN3, TinyLlama, build_tiny_llama
 

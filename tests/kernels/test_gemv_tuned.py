@@ -14,6 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from penstock.kernels.gemv import tuned
+from penstock.kernels.gemv.neighbours import alternatives, attention_alternatives
 from penstock.kernels.gemv.shapes import (
     CONTEXTS,
     MOST_MERGED_BY_PRODUCT,
@@ -23,8 +24,6 @@ from penstock.kernels.gemv.shapes import (
     LayerSizes,
     SplitShape,
     StepShape,
-    alternatives,
-    attention_alternatives,
     context_class,
     default_shape,
     starts,

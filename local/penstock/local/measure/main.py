@@ -263,6 +263,9 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
+    """Of the checkout; a copy of one is told by ``PENSTOCK_COMMIT``."""
+    if told := os.environ.get("PENSTOCK_COMMIT"):
+        return told
     try:
         done = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False

@@ -22,16 +22,9 @@ from penstock.executor.layers.few_rows import StepWeights
 from penstock.executor.worker.device.few_rows import FewRowsStep
 from penstock.kernels.batch.state import LIVE, ArenaLayout, BatchState
 from penstock.kernels.gemv.attention import FewRows, few_rows_attention_reference
+from penstock.kernels.gemv.neighbours import alternatives, attention_alternatives
 from penstock.kernels.gemv.product import gemv_reference
-from penstock.kernels.gemv.shapes import (
-    CONTEXTS,
-    PRODUCTS,
-    StepShape,
-    alternatives,
-    attention_alternatives,
-    default_shape,
-    starts,
-)
+from penstock.kernels.gemv.shapes import CONTEXTS, PRODUCTS, StepShape, default_shape, starts
 from penstock.kernels.gemv.tuned import Entry
 
 TOKENS: Final = (256, 2048, 16_384)
