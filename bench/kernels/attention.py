@@ -27,7 +27,6 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from penstock.kernels.attention.chunks import AttentionShape, ChunkBackend, Chunks, LoneKernel, PagedKernel
-from penstock.kernels.attention.cudnn import CUDNN_ROWS, cudnn_lone, cudnn_refusal
 from penstock.kernels.attention.decode import paged_decode_attention_reference
 from penstock.kernels.attention.decode_kernel import paged_decode_attention_triton
 from penstock.kernels.attention.decode_shapes import CUTS, DecodeShape, Spread, decode_shape
@@ -36,6 +35,7 @@ from penstock.kernels.attention.prefill import paged_prefill_attention_reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cudnn_attention import CUDNN_ROWS, cudnn_lone, cudnn_refusal
 from gpu_timing import Report, copy_rate, graph_s, product_rate
 
 HEADS = {"qwen3-0.6b": 16, "llama-8b": 32}

@@ -15,7 +15,6 @@ from penstock.executor.worker.device.prefill import AUTO, FLASH_ONLY, Kernel, Pr
 from penstock.executor.worker.device.runner import DeviceRunner
 from penstock.executor.worker.worker import Worker
 from penstock.kernels.attention.chunks import AttentionShape, ChunkBackend, Chunks, LoneKernel
-from penstock.kernels.attention.cudnn import CUDNN_ROWS
 from penstock.kernels.attention.flash import (
     LONE_ROWS,
     MOST_SEQUENCES,
@@ -70,7 +69,7 @@ def test_the_table(rules: tuple[Rule, ...], sequences: int, longest: int, cached
 
 def test_a_kernel_is_never_chosen_for_what_it_was_not_met_with() -> None:
     """Whatever the table says: it would be compiled or planned while a request waits."""
-    every = tuple(Rule(kernel) for kernel in (Kernel.FLASH_LONE, Kernel.CUDNN_LONE, Kernel.FLASH, Kernel.TRITON))
+    every = tuple(Rule(kernel) for kernel in (Kernel.FLASH_LONE, Kernel.FLASH, Kernel.TRITON))
 
     def chosen(sequences: int, longest: int, cached: int | None, others: tuple[Kernel, ...]) -> Kernel:
         step = chunks(sequences, longest, cached)
@@ -79,12 +78,8 @@ def test_a_kernel_is_never_chosen_for_what_it_was_not_met_with() -> None:
 
     assert chosen(1, LONE_ROWS, 0, (Kernel.FLASH_LONE,)) is Kernel.FLASH_LONE
     assert chosen(1, LONE_ROWS - 1, 0, (Kernel.FLASH_LONE,)) is Kernel.TRITON
-    assert chosen(1, CUDNN_ROWS, 0, (Kernel.CUDNN_LONE,)) is Kernel.CUDNN_LONE
-    assert chosen(1, CUDNN_ROWS + 1, 0, (Kernel.CUDNN_LONE,)) is Kernel.TRITON
-    for kernel in (Kernel.FLASH_LONE, Kernel.CUDNN_LONE):
-        assert chosen(2, 300, 0, (kernel,)) is Kernel.TRITON
-        assert chosen(1, 300, 5, (kernel,)) is Kernel.TRITON
-        assert chosen(1, 300, None, (kernel,)) is Kernel.TRITON
+    for sequences, cached in ((2, 0), (1, 5), (1, None)):
+        assert chosen(sequences, 300, cached, (Kernel.FLASH_LONE,)) is Kernel.TRITON
     assert chosen(MOST_SEQUENCES, 1, 0, (Kernel.FLASH,)) is Kernel.FLASH
     assert chosen(MOST_SEQUENCES + 1, 1, 0, (Kernel.FLASH,)) is Kernel.TRITON
 
@@ -97,7 +92,10 @@ def test_every_step_has_a_kernel(rules: tuple[Rule, ...]) -> None:
         for sequences in (1, 2, MOST_SEQUENCES, MOST_SEQUENCES + 1):
             for rows in (1, 100, 5000):
                 for cached in (None, 0, 1, 100_000):
-                    Prefill(rules, others, 8).backend(chunks(sequences, rows, cached), rows * sequences)
+                    step = chunks(sequences, rows, cached)
+                    backend = Prefill(rules, others, 8).backend(step, rows * sequences)
+                    assert others or backend.name == "triton"
+                    assert step.lone or not backend.lone_only
 
 
 # ---- what a machine has ----
@@ -119,7 +117,6 @@ def test_a_machine_without_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
         raise FlashUnavailable("flash-attn-4 is not installed")
 
     monkeypatch.setattr(prefill, "flash_library", nothing)
-    monkeypatch.setattr(prefill, "cudnn_refusal", lambda shape: "no cuDNN")
     assert choose_prefill("auto", shape("cuda")).names == ("triton",)
     assert choose_prefill("triton", shape("cuda")).names == ("triton",)
     with pytest.raises(ExecutorError) as caught:
@@ -129,7 +126,6 @@ def test_a_machine_without_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_machine_with_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "flash_library", lambda shape: LIBRARY)
-    monkeypatch.setattr(prefill, "cudnn_refusal", lambda shape: "no cuDNN")
     for wanted in ("auto", "flash_attn"):
         assert choose_prefill(wanted, shape("cuda")).names == ("flash-attn-4, no pages", "flash-attn-4", "triton")
     assert choose_prefill("triton", shape("cuda")).names == ("triton",)
@@ -137,7 +133,6 @@ def test_a_machine_with_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_older_flash_attn_is_asked_for_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "flash_library", lambda shape: Flash2(stand_in_2))
-    monkeypatch.setattr(prefill, "cudnn_refusal", lambda shape: "no cuDNN")
     assert choose_prefill("auto", shape("cuda", block_tokens=256)).names == ("triton",)
     assert "flash-attn 2" in choose_prefill("flash_attn", shape("cuda", block_tokens=256)).names
 

@@ -1,4 +1,4 @@
-"""flash-attn and cuDNN behind the protocol of chunks: on a CPU what they are handed, on a GPU what they compute."""
+"""flash-attn behind the protocol of chunks: on a CPU what they are handed, on a GPU what they compute."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from penstock.kernels.attention.chunks import (
     LoneKernel,
     PagedKernel,
 )
-from penstock.kernels.attention.cudnn import cudnn_lone, cudnn_refusal
 from penstock.kernels.attention.flash import (
     MOST_SEQUENCES,
     Flash2,
@@ -31,7 +30,6 @@ from penstock.kernels.attention.flash import (
     FlashPages,
     FlashUnavailable,
     flash_library,
-    flash_prefill_attention,
 )
 from penstock.kernels.attention.tails import clear_tails
 from penstock.kernels.dispatch import INTERPRETED
@@ -72,41 +70,11 @@ def test_flash_2_over_pages(block_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("library", [Flash4(stand_in_4), Flash2(stand_in_2)], ids=["4", "2"])
-def test_the_signature_of_our_own_kernel(library: FlashLibrary) -> None:
-    case = Case([(300, 30), (0, 9)], device="cpu", dtype=EXACT, block_tokens=256)
-    arguments = (case.query, case.keys, case.values, case.tables, case.slots, case.starts, case.contexts)
-    case.assert_right(flash_prefill_attention(library, *arguments, case.longest, case.scale))
-    out = poisoned(case)
-    assert flash_prefill_attention(library, *arguments, case.longest, case.scale, out=out) is out
-    case.assert_right(out)
-
-
-@pytest.mark.parametrize("library", [Flash4(stand_in_4), Flash2(stand_in_2)], ids=["4", "2"])
 @pytest.mark.parametrize("rows", LONE_LENGTHS)
 def test_a_whole_sequence_without_pages(library: FlashLibrary, rows: int) -> None:
     case = Case([(0, rows)], device="cpu", dtype=EXACT, kv_heads=2, group=2, block_tokens=64)
     kernel = LoneKernel(library.name, library.alone, ())
     case.assert_right(attended(case, kernel.bind(case.chunks(cached=0))))
-
-
-@pytest.mark.parametrize("rows", LONE_LENGTHS)
-def test_rows_are_padded_to_the_grain(rows: int) -> None:
-    """The padding is behind what any row sees, but its values are multiplied by zero: they are numbers."""
-    case = Case([(0, rows)], device="cpu", dtype=EXACT, kv_heads=2, group=2, block_tokens=64, pool=99)
-    seen: list[int] = []
-
-    def attention(query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
-        seen.append(query.shape[0])
-        assert values.isfinite().all()
-        stand_in_4(query[None], keys[None], values[None], softmax_scale=scale, causal=True, out=out[None])
-
-    kernel = LoneKernel("padded", attention, (), grain=64)
-    around = torch.full((rows + 9, *case.query.shape[1:]), NAN)
-    query = torch.cat([case.query, torch.full_like(around[:9], NAN)])
-    kernel.bind(case.chunks(cached=0))(query, case.keys, case.values, case.scale, around)
-    case.assert_right(around[:rows])
-    assert around[rows:].isnan().all()
-    assert seen == [-(-rows // 64) * 64]
 
 
 @pytest.mark.parametrize(("lengths", "cached"), [([(5, 7)], 5), ([(0, 7)], None), ([(0, 7), (0, 3)], 0)], ids=str)
@@ -299,24 +267,6 @@ def test_versions_without_pages_are_refused() -> None:
         Flash2(lambda q, k, v: None)
 
 
-@pytest.mark.parametrize(
-    ("changes", "capability", "line"),
-    [
-        ({"device": torch.device("cpu")}, (9, 0), "needs an NVIDIA GPU"),
-        ({}, (8, 0), "9.0 and above"),
-        ({"dtype": torch.float32}, (9, 0), "the model in float32"),
-        ({"head_dim": 256}, (9, 0), "up to 128, the model's have 256"),
-    ],
-)
-def test_refusals_of_cudnn(
-    changes: dict[str, Any], capability: tuple[int, int], line: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    capable_of(monkeypatch, capability)
-    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    assert line in str(cudnn_refusal(shape(**changes)))
-    assert cudnn_refusal(shape()) is None or capability < (9, 0)
-
-
 # ---- what is computed, on a GPU ----
 
 HEADS = [(8, 2, 128), (8, 4, 128), (2, 8, 128), (8, 4, 64), (4, 2, 64)]
@@ -370,20 +320,6 @@ def test_flash_of_a_whole_sequence_without_pages(rows: int, kv_heads: int, group
     )  # fmt: skip
     library = flash_or_skip(head_dim, 64).library
     assert_as_good_as_ours(case, LoneKernel(library.name, library.alone, ()), cached=0)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 64, 127, 512, 1000])
-@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), HEADS, ids=str)
-def test_cudnn_of_a_whole_sequence(rows: int, kv_heads: int, group: int, head_dim: int) -> None:
-    wanted = AttentionShape(torch.device("cuda", 0), torch.bfloat16, kv_heads * group, kv_heads, head_dim, 64)
-    reason = cudnn_refusal(wanted) or ("our own kernel is interpreted" if INTERPRETED else None)
-    if reason is not None:
-        pytest.skip(reason)
-    case = Case(
-        [(0, rows)], device="cuda", dtype=torch.bfloat16, kv_heads=kv_heads, group=group, head_dim=head_dim
-    )  # fmt: skip
-    assert_as_good_as_ours(case, cudnn_lone(), cached=0)
 
 
 FIRST: Lengths = [(4096, 512), (100, 300), (0, 212)]

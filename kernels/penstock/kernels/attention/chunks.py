@@ -127,8 +127,6 @@ class LoneKernel:
     name: str
     attention: LoneAttention
     met_rows: tuple[int, ...]
-    grain: int = 1
-    """Rows are padded to a multiple of it: for kernels that are planned by their shape."""
     lone_only: bool = True
 
     def bind(self, chunks: Chunks) -> AttendChunks:
@@ -137,23 +135,9 @@ class LoneKernel:
             raise ValueError(f"{self.name} attends one whole sequence alone")
         rows = chunks.longest
         places = chunks.slot_mapping[:rows]
-        missing = -rows % self.grain
-        if missing:
-            # No row sees those behind it, but their weight, zero, is multiplied: it must be with a number.
-            places = _padded(places, missing)
 
         def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
             key, value = (cache.flatten(0, 1).index_select(0, places) for cache in (keys, values))
-            if not missing:
-                self.attention(query[:rows], key, value, scale, out[:rows])
-                return
-            whole = query.new_empty(rows + missing, *query.shape[1:])
-            self.attention(_padded(query[:rows], missing), key, value, scale, whole)
-            out[:rows] = whole[:rows]
+            self.attention(query[:rows], key, value, scale, out[:rows])
 
         return attend
-
-
-def _padded(rows: Tensor, missing: int) -> Tensor:
-    """With the first row again behind the last one, so many times."""
-    return torch.cat([rows, rows[:1].expand(missing, *rows.shape[1:])])

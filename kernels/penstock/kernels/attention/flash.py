@@ -242,25 +242,3 @@ class Flash2:
         rows = query.shape[0]
         start = torch.arange(0, rows + 1, rows, dtype=torch.int32, device=query.device)
         out.copy_(self._varlen(query, keys, values, start, start, rows, rows, softmax_scale=scale, causal=True))
-
-
-def flash_prefill_attention(
-    library: FlashLibrary,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    block_tables: Tensor,
-    sequence_slots: Tensor,
-    query_start: Tensor,
-    context_lengths: Tensor,
-    max_query: int,
-    scale: float,
-    *,
-    out: Tensor | None = None,
-) -> Tensor:
-    """:func:`penstock.kernels.attention.prefill.paged_prefill_attention` by ``library``: bound and called at once."""
-    out = torch.empty_like(query) if out is None else out
-    nowhere = sequence_slots.new_empty(0, dtype=torch.int64)
-    chunks = Chunks(block_tables, sequence_slots, query_start, context_lengths, max_query, nowhere)
-    FlashPages(library).bind(chunks)(query, keys, values, scale, out)
-    return out

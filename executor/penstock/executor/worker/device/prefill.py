@@ -20,7 +20,6 @@ from penstock.kernels.attention.chunks import (
     LoneKernel,
     PagedKernel,
 )
-from penstock.kernels.attention.cudnn import CUDNN_ROWS, cudnn_lone, cudnn_refusal
 from penstock.kernels.attention.flash import (
     LONE_ROWS,
     MOST_SEQUENCES,
@@ -44,8 +43,6 @@ class Kernel(enum.Enum):
     """flash-attn over pages."""
     FLASH_LONE = enum.auto()
     """flash-attn over the gathered keys and values of one fresh prompt."""
-    CUDNN_LONE = enum.auto()
-    """cuDNN over the same."""
 
 
 _UNLIMITED: Final = 1 << 30
@@ -73,12 +70,10 @@ class Rule:
                 return chunks.slots.numel() <= MOST_SEQUENCES
             case Kernel.FLASH_LONE:
                 return chunks.lone and chunks.longest >= LONE_ROWS
-            case Kernel.CUDNN_LONE:
-                return chunks.lone and chunks.longest <= CUDNN_ROWS
 
 
 # Microseconds of a layer on an H200 (bench/results/h200/prefill.jsonl), pages of 64 tokens: ours, flash-attn-4 over
-# pages, the same without pages, cuDNN.
+# pages, the same without pages, cuDNN, which is therefore not among the kernels.
 #                            32 query heads                16 query heads
 #   1 × 128               7     9    11    14           7    10    10    14
 #   1 × 512              15    14    16    21          12    13    15    20
@@ -172,16 +167,16 @@ def choose_prefill(wanted: str, shape: AttentionShape) -> Prefill:
     except FlashUnavailable as reason:
         if wanted == "flash_attn":
             raise ExecutorError(f"attention_backend 'flash_attn' is not possible: {reason}") from reason
-        return Prefill(AUTO, _cudnn(shape), shape.heads)
+        return Prefill()
     if wanted == "auto" and not isinstance(library, Flash4):
-        return Prefill(AUTO, _cudnn(shape), shape.heads)
+        return Prefill()
     flash: dict[Kernel, ChunkBackend] = {
         Kernel.FLASH: FlashPages(library),
         Kernel.FLASH_LONE: LoneKernel(f"{library.name}, no pages", library.alone, (LONE_ROWS,)),
     }
     if wanted == "flash_attn":
         return Prefill(FLASH_ONLY, flash, shape.heads)
-    return Prefill(AUTO, flash | _cudnn(shape), shape.heads)
+    return Prefill(AUTO, flash, shape.heads)
 
 
 def check_backend(wanted: str, device: torch.device) -> None:
@@ -190,10 +185,3 @@ def check_backend(wanted: str, device: torch.device) -> None:
         raise ExecutorError(f"attention_backend {wanted!r} is not known, only {', '.join(map(repr, BACKENDS))}")
     if wanted != "auto" and device.type != "cuda" and not INTERPRETED:
         raise ExecutorError(f"attention_backend {wanted!r} is not possible: it needs a GPU, the device is {device}")
-
-
-def _cudnn(shape: AttentionShape) -> dict[Kernel, ChunkBackend]:
-    """It plans for each size at the start: only if a rule may choose it."""
-    if all(rule.kernel is not Kernel.CUDNN_LONE for rule in AUTO) or cudnn_refusal(shape) is not None:
-        return {}
-    return {Kernel.CUDNN_LONE: cudnn_lone()}

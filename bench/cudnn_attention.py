@@ -1,8 +1,4 @@
-"""Attention of a short fresh prompt by cuDNN, as torch offers it.
-
-cuDNN plans for every shape that it meets, which takes milliseconds: rows are therefore padded to a multiple of GRAIN,
-and every such size is met at the start.
-"""
+"""Attention of a short fresh prompt by cuDNN, as torch offers it: a peer of those that are used."""
 
 from __future__ import annotations
 
@@ -15,9 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from penstock.kernels.attention.chunks import AttentionShape, LoneKernel
 
-GRAIN: Final = 64
 CUDNN_ROWS: Final = 1024
-"""Of a prompt: with more other kernels are faster, and each size is one more plan to make at the start."""
+"""Of a prompt: it plans for every shape that it meets, and is slower than others already below that."""
 
 
 def cudnn_refusal(shape: AttentionShape) -> str | None:
@@ -36,7 +31,7 @@ def cudnn_refusal(shape: AttentionShape) -> str | None:
 
 def cudnn_lone() -> LoneKernel:
     """For up to CUDNN_ROWS rows."""
-    return LoneKernel("cudnn", cudnn_attention, tuple(range(GRAIN, CUDNN_ROWS + 1, GRAIN)), GRAIN)
+    return LoneKernel("cudnn", cudnn_attention, ())
 
 
 def cudnn_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
