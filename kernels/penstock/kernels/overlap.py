@@ -8,9 +8,10 @@ before the kernel in front of it is done; they load what never changes, and wait
 What keeps the order: every kernel that is launched so waits, in all of its programs, before its first write and before
 it reads anything that a kernel of the same step made since the last launch of the ordinary kind, which waits by itself.
 There is one way to read more before waiting: a kernel that lets the next one come only behind its own wait
-(``late_release`` in :mod:`penstock.kernels.gemv`) tells it that all before itself is done. A kernel may otherwise let the
-next one come as soon as it has begun. The programs of that one then take up room beside those that
-still run, so that a kernel which lives on having many programs at once, as decode attention does, had better not.
+(``late_release`` in :mod:`penstock.kernels.gemv`) tells it that all before itself is done.
+A kernel may otherwise let the next one come as soon as it has begun. The programs of that one then take up room beside
+those that still run, so that a kernel which lives on having many programs at once, as decode attention does, had better
+not.
 
 Measured on an H200: decode steps of up to 16 rows gain 4–8% with a model of 0.6 billion parameters and 2.6% with one of
 8 billion (nothing there for a single row), those of 40 to 64 rows of the small one 1–2%; others gain nothing, or lose.
