@@ -52,16 +52,19 @@ def _no_thread_left() -> Iterator[None]:
 
 
 class Paced(SimulatedExecutor):
-    """The simulated executor at a pace, or with a fault."""
+    """The simulated executor at a pace, or with a fault; it loads as soon as it may."""
 
     def __init__(self, step_s: float = 0.0, fault: Exception | None = None, good_steps: int = 0) -> None:
         super().__init__()
         self._pace_us = int(step_s * 1e6)
         self._fault, self._good_steps = fault, good_steps
+        self.may_load = threading.Event()
+        self.may_load.set()
         self.plans: list[StepPlan] = []
         self.shut = False
 
     def start(self, spec: ModelSpec, progress: Progress) -> ModelInfo:
+        assert self.may_load.wait(WAIT_S)
         info = super().start(msgspec.structs.replace(spec, step_us=self._pace_us), progress)
         return msgspec.structs.replace(info, max_repeat=1)
 
@@ -223,8 +226,8 @@ async def _abort(llm: AsyncLLM, name: str) -> None:
 
 @pytest.mark.parametrize("leave", [_break, _aclose, _cancel, _abort])
 async def test_to_leave_early_frees_the_slot(paced: Make, leave: Callable[[AsyncLLM, str], Awaitable[None]]) -> None:
-    """A request that is not aborted would take 20 s of its slot."""
-    async with paced(executor := Paced(step_s=0.005)) as llm, asyncio.timeout(10):
+    """A request that is not aborted would take its slot for as long as the test may wait."""
+    async with paced(executor := Paced(step_s=0.05)) as llm, asyncio.timeout(WAIT_S):
         for _ in range(3):
             await asyncio.gather(*(leave(llm, f"left-{number}") for number in range(SLOTS)))
         (made,) = await last(llm, [4, 5])
@@ -234,12 +237,14 @@ async def test_to_leave_early_frees_the_slot(paced: Make, leave: Callable[[Async
 
 
 async def test_a_request_is_aborted_while_the_model_is_loaded(paced: Make) -> None:
-    llm = paced(Paced(step_s=0.005))
-    async with asyncio.timeout(10):
+    llm = paced(executor := Paced(step_s=0.005))
+    executor.may_load.clear()
+    async with asyncio.timeout(WAIT_S):
         task = asyncio.create_task(collect(llm, [1, 2], LONG, "early"))
         await asyncio.sleep(0)
         assert not llm.is_running
         await llm.abort("early")
+        executor.may_load.set()
         outputs = await task
         assert [output.outputs[0].finish_reason for output in outputs] == ["abort"]
         await llm.abort("early")
@@ -249,7 +254,7 @@ async def test_a_request_is_aborted_while_the_model_is_loaded(paced: Make) -> No
 
 
 async def test_one_that_waits_for_a_slot_is_cancelled(paced: Make) -> None:
-    async with paced(executor := Paced(step_s=0.005)) as llm, asyncio.timeout(10):
+    async with paced(executor := Paced(step_s=0.005)) as llm, asyncio.timeout(WAIT_S):
         running = [await begun(llm, f"running-{number}") for number in range(SLOTS)]
         waiting = asyncio.create_task(collect(llm, [3, 3], LONG, "waiting"))
         await asyncio.sleep(0.05)
@@ -269,7 +274,7 @@ async def test_one_that_waits_for_a_slot_is_cancelled(paced: Make) -> None:
 async def test_a_slow_reader_has_everything_at_once_and_slows_nobody(paced: Make) -> None:
     params = SamplingParams(max_tokens=200)
     async with (
-        paced(Paced(step_s=0.001)) as llm,
+        paced(Paced(step_s=0.005)) as llm,
         asyncio.timeout(WAIT_S),
         aclosing(llm.generate([1, 2], params)) as slow,
     ):
@@ -285,10 +290,11 @@ async def test_a_slow_reader_has_everything_at_once_and_slows_nobody(paced: Make
 async def test_a_long_text_is_encoded_where_it_holds_up_nobody(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encode = Tokenizer.encode
     where: list[str] = []
+    may_go_on = threading.Event()
 
     def slow(tokenizer: Tokenizer, text: str, **options: Any) -> Any:
         where.append(threading.current_thread().name)
-        time.sleep(0.3)
+        assert may_go_on.wait(WAIT_S)
         return encode(tokenizer, text, **options)
 
     async with AsyncLLM(folder, **SMALL) as llm:
@@ -296,8 +302,10 @@ async def test_a_long_text_is_encoded_where_it_holds_up_nobody(folder: Path, mon
         monkeypatch.setattr(Tokenizer, "encode", slow)
         held_up = asyncio.create_task(last(llm, "x" * 600))
         await asyncio.sleep(0)
-        await last(llm, [1, 2], SamplingParams(max_tokens=20))
+        async with asyncio.timeout(WAIT_S / 2):
+            await last(llm, [1, 2], SamplingParams(max_tokens=20))
         assert not held_up.done()
+        may_go_on.set()
         assert len((await held_up)[0].token_ids) == 5
     assert len(where) == 1
     assert where[0].startswith("encode")
@@ -320,9 +328,11 @@ async def test_the_loop_is_woken_once_a_step(paced: Make, monkeypatch: pytest.Mo
 
 
 async def test_a_loop_that_is_held_up_has_one_wake_to_see(paced: Make) -> None:
-    async with paced(Paced(step_s=0.001)) as llm, aclosing(llm.generate([1, 2], LONG)) as outputs:
+    async with paced(executor := Paced(step_s=0.001)) as llm, aclosing(llm.generate([1, 2], LONG)) as outputs:
         before = len((await anext(outputs)).outputs[0].token_ids)
-        time.sleep(0.2)  # noqa: ASYNC251  # that is the subject
+        steps, give_up = len(executor.plans), time.monotonic() + WAIT_S
+        while len(executor.plans) < steps + 50 and time.monotonic() < give_up:
+            time.sleep(0.01)  # noqa: ASYNC251  # that is the subject
         ready = asyncio.get_running_loop()._ready  # type: ignore[attr-defined]
         assert len(ready) <= 2
         await anext(outputs)
@@ -430,7 +440,7 @@ async def test_a_prompt_that_does_not_fit_disturbs_nobody(
 
 
 async def test_what_only_the_engine_refuses_disturbs_nobody(paced: Make) -> None:
-    async with paced(Paced(step_s=0.001)) as llm, asyncio.timeout(10):
+    async with paced(Paced(step_s=0.001)) as llm, asyncio.timeout(WAIT_S):
         other = asyncio.create_task(last(llm, [5, 6], SamplingParams(max_tokens=60)))
         with pytest.raises(ValueError, match="the model has no tokenizer: stop texts cannot be found"):
             await collect(llm, [1, 2], SamplingParams(stop="x"))
@@ -442,7 +452,7 @@ async def test_what_only_the_engine_refuses_disturbs_nobody(paced: Make) -> None
 
 
 async def test_an_id_is_taken_until_its_reader_has_left(paced: Make) -> None:
-    async with paced(Paced(step_s=0.002)) as llm, asyncio.timeout(10):
+    async with paced(Paced(step_s=0.002)) as llm, asyncio.timeout(WAIT_S):
         task = await begun(llm, "generate-0")
         with pytest.raises(ValueError, match="request 'generate-0' is there already"):
             await collect(llm, [1, 2], SHORT, "generate-0")
@@ -489,7 +499,7 @@ def _kill_worker() -> None:
 )
 async def test_an_error_of_the_executor_reaches_everybody(paced: Make, fault: Exception, message: str) -> None:
     executor = Paced(step_s=0.001, fault=fault, good_steps=50)
-    async with paced(executor) as llm, asyncio.timeout(10):
+    async with paced(executor) as llm, asyncio.timeout(WAIT_S):
         tasks = [asyncio.create_task(collect(llm, [number, 2], LONG)) for number in range(SLOTS + 3)]
         errors = await asyncio.gather(*tasks, return_exceptions=True)
         for error in errors:
@@ -527,7 +537,7 @@ async def test_close_ends_what_runs(paced: Make, step_s: float) -> None:
     """With steps of an hour, the engine waits for one."""
     llm = paced(executor := Paced(step_s=step_s))
     tasks = [asyncio.create_task(collect(llm, [number, 2], LONG)) for number in range(SLOTS + 2)]
-    async with asyncio.timeout(8):
+    async with asyncio.timeout(WAIT_S):
         while not executor.plans:
             await asyncio.sleep(0.01)
         was_running = llm.is_running
@@ -546,10 +556,20 @@ async def test_close_ends_what_runs(paced: Make, step_s: float) -> None:
 
 
 async def test_an_output_that_is_complete_is_not_lost_by_close(paced: Make) -> None:
-    async with paced(Paced(step_s=0.001)) as llm, asyncio.timeout(10):
+    may_go_on = threading.Event()
+
+    class Held(Paced):
+        def submit(self, plan: StepPlan) -> None:
+            assert len(self.plans) < 3 or may_go_on.wait(WAIT_S)
+            super().submit(plan)
+
+    async with paced(Held()) as llm, asyncio.timeout(WAIT_S):
         outputs = llm.generate([1, 2], SHORT)
-        await anext(outputs)
-        await asyncio.sleep(0.2)
+        assert not (await anext(outputs)).finished
+        may_go_on.set()
+        assert llm._thread is not None
+        while llm._thread._streams:  # the engine knows of one that is not finished
+            await asyncio.sleep(0.01)
     assert [output.finished async for output in outputs] == [True]
 
 
@@ -587,38 +607,32 @@ async def test_what_nobody_foresaw_while_loading_is_told(paced: Make) -> None:
 
 
 async def test_close_and_cancellation_while_the_model_is_loaded(paced: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    may_load = threading.Event()
-
-    class Slow(Paced):
-        def start(self, spec: ModelSpec, progress: Progress) -> ModelInfo:
-            assert may_load.wait(WAIT_S)
-            return super().start(spec, progress)
-
     async def use(llm: AsyncLLM) -> None:
         async with llm:
             raise AssertionError("it was entered")
 
-    llm = paced(executor := Slow())
+    llm = paced(executor := Paced())
+    executor.may_load.clear()
     entering, waiting = asyncio.create_task(use(llm)), asyncio.create_task(collect(llm, [1, 2]))
     await asyncio.sleep(0.05)
     assert not llm.is_running
     entering.cancel()
     with pytest.raises(asyncio.CancelledError):
         await entering
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(WAIT_S):
         with pytest.raises(EngineClosed):
             await waiting
     with monkeypatch.context() as patched:
         patched.setattr(async_llm, "CLOSE_S", 0.05)
         with pytest.raises(ExecutorError, match="the engine's thread did not end within 0 s"):
             await llm.close()
-    may_load.set()
+    executor.may_load.set()
     await llm.close()
     assert executor.shut
 
 
 async def test_one_cancelled_caller_does_not_stop_the_start(paced: Make) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(WAIT_S):
         llm = paced(Paced())
         one, other = (asyncio.create_task(collect(llm, [1, 2])) for _ in range(2))
         await asyncio.sleep(0)
