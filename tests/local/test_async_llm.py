@@ -662,17 +662,21 @@ def test_it_belongs_to_its_loop(paced: Make) -> None:
     assert not llm.is_running
 
 
-def test_the_end_of_its_loop_ends_it(paced: Make) -> None:
+@pytest.mark.parametrize("steps", [0, 3])
+def test_the_end_of_its_loop_ends_it(paced: Make, steps: int) -> None:
+    """Also if the loop ends behind a few ``steps`` that it has not been told of yet."""
     llm = paced(executor := Paced(step_s=0.05))
 
-    async def use() -> None:
-        outputs = llm.generate([1, 2], LONG)
-        await anext(outputs)
+    def wait_until(come: Callable[[], bool]) -> None:
+        give_up = time.monotonic() + WAIT_S
+        while not come() and time.monotonic() < give_up:
+            time.sleep(0.01)
+        assert come()
 
+    outputs = llm.generate([1, 2], LONG)
     loop = asyncio.new_event_loop()
-    loop.run_until_complete(use())
+    loop.run_until_complete(anext(outputs))
+    told = len(executor.plans)
+    wait_until(lambda: len(executor.plans) >= told + steps)
     loop.close()
-    give_up = time.monotonic() + 10
-    while not executor.shut and time.monotonic() < give_up:
-        time.sleep(0.01)
-    assert executor.shut
+    wait_until(lambda: executor.shut)

@@ -10,6 +10,7 @@ import threading
 from array import array
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -189,12 +190,11 @@ class EngineThread:
 
     def _wake(self, streams: Iterable[RequestStream]) -> None:
         self._woken.update(dict.fromkeys(streams))
-        if not self._woken or self._wakes:
-            return
-        self._wakes = True
-        try:
-            self.loop.call_soon_threadsafe(self._wake_readers)
-        except RuntimeError:  # it is closed, and nobody can read any more
+        if self._woken and not self._wakes:
+            self._wakes = True
+            with suppress(RuntimeError):  # it is closed
+                self.loop.call_soon_threadsafe(self._wake_readers)
+        if self.loop.is_closed():  # perhaps with a wake under way: nobody can read any more
             self._end = self._end or EngineClosed("the event loop of the engine was closed")
 
     def _wake_readers(self) -> None:
