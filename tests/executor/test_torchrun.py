@@ -165,12 +165,12 @@ def test_a_fault_in_one_rank_is_one_line_in_all(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_is_lost_ends_the_others_within_the_deadline(models: Path, tmp_path: Path) -> None:
-    pids = {"pids": str(tmp_path / "pids")}
-    code, (first, second) = launch("lost", models / "llama", tmp_path / "out", pids)
+    settings = {"meeting": str(tmp_path / "meeting"), "seconds": 4.0}
+    code, (first, second) = launch("lost", models / "llama", tmp_path / "out", settings)
     assert code != 0
     assert second is None, "it was killed"
     assert first is not None
-    for name, least, most in (("stopped", 3.0, 20.0), ("killed", 0.0, 10.0)):
+    for name, least, most in (("stopped", 4.0, 20.0), ("killed", 0.0, 10.0)):
         kind, line, seconds = first[name]
         assert kind == "ExecutorError"
         assert "another rank of 2 is lost or does not answer: " in line

@@ -168,23 +168,39 @@ def faults(folder: Path, settings: dict[str, Any]) -> Seen:
 
 
 def lost(folder: Path, settings: dict[str, Any]) -> Seen:
-    """A rank that stops answering, then one that is killed, in the middle of their work."""
+    """A rank that stops answering, then one that is killed, in the middle of their work; rank 0 times the end of it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # with which torchrun ends the others as soon as one has ended
     seen: Seen = {}
-    others = Path(settings["pids"])
-    others.mkdir(exist_ok=True)
-    (others / str(RANK)).write_text(str(os.getpid()))
+    meeting = Path(settings["meeting"])
     for name, send in (("stopped", signal.SIGSTOP), ("killed", signal.SIGKILL)):
+        began = 0.0
 
         def end(plan: StepPlan, send: signal.Signals = send) -> None:
-            if plan.number == 9 and RANK == 1:
-                os.kill(os.getpid(), send)
+            nonlocal began
+            if plan.number == 9:
+                began = time.monotonic()
+                if RANK == 1:
+                    os.kill(os.getpid(), send)
 
-        with error(seen, name), watched(end), LLM(folder, **SMALL | {"rank_seconds": 3.0}) as llm:
+        other = meet(meeting / name)
+        with error(seen, name), watched(end), LLM(folder, **SMALL | {"rank_seconds": settings["seconds"]}) as llm:
             llm.generate(PROMPTS, PARAMS, progress=False)
+        seen[name][-1] = time.monotonic() - began
         if RANK == 0 and send == signal.SIGSTOP:
-            os.kill(int((others / "1").read_text()), signal.SIGCONT)
+            os.kill(other, signal.SIGCONT)
     return seen
+
+
+def meet(folder: Path) -> int:
+    """Wait for the other one of two ranks, however late it comes; its process id."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mine, other = folder / str(RANK), folder / str(1 - RANK)
+    mine.with_suffix(".new").write_text(str(os.getpid()))
+    mine.with_suffix(".new").rename(mine)
+    give_up = time.monotonic() + 60
+    while not other.exists() and time.monotonic() < give_up:
+        time.sleep(0.02)
+    return int(other.read_text())
 
 
 def main() -> None:
