@@ -48,7 +48,9 @@ def test_streams_survive_cut_connections() -> None:
                 await asyncio.sleep(0.1)
                 await scheduler.stop()
                 await asyncio.sleep(down_s)
+                hellos = len(scheduler.hellos)
                 await scheduler.start()
+                await until(lambda hellos=hellos: len(scheduler.hellos) > hellos)  # type: ignore[misc]
             for task in tasks:
                 assert await task == list(TEXT.encode())
         assert len(scheduler.submits) == 16
