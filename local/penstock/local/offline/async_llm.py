@@ -28,8 +28,9 @@ _ENCODE_S: Final = 600.0
 class AsyncLLM:
     """A model and its engine, which runs in a thread of its own. Use it in an ``async with``, or close it.
 
-    It belongs to the event loop that it is first used in: elsewhere RuntimeError, but for ``close``. Once the engine
-    has failed, every ``generate`` that waits and every later one raises ExecutorError; once it is closed, EngineClosed.
+    It belongs to the event loop that it is first used in: elsewhere RuntimeError, but for ``close``. If that loop is
+    closed while requests run, the engine ends. Once it has failed, every ``generate`` that waits and every later one
+    raises ExecutorError; once it is closed, EngineClosed.
     """
 
     def __init__(self, model: str | Path, **settings: Any) -> None:
