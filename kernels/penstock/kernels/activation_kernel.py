@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.kernels.ahead import launch
 from penstock.kernels.norm import Late
 from penstock.kernels.norm_kernel import late_scale
 from penstock.kernels.overlap import launch_options, overlaps
@@ -48,7 +49,7 @@ def silu_mul_triton(gate_up: Tensor, late: Late | None = None) -> Tensor:
         tile, warps = program_shape(rows)
         stream, eps = late or (gate_up, 0.0)
         size = stream.shape[1] if late else 0
-        silu_mul_kernel[(rows, triton.cdiv(inner, tile))](
+        launch(silu_mul_kernel, (rows, triton.cdiv(inner, tile)))(
             gate_up, stream, eps, out, inner, tile, size, triton.next_power_of_2(max(1, size)), overlaps(rows),
             num_warps=warps, **launch_options(rows),
         )  # fmt: skip

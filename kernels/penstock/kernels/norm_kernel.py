@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.kernels.ahead import launch
 from penstock.kernels.overlap import launch_options, overlaps
 from penstock.kernels.overlap_kernel import release_next, wait_for_previous
 
@@ -64,7 +65,7 @@ def add_rms_norm_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps:
     if residual is None:
         residual = torch.empty_like(out) if partial else x
     if rows:
-        add_rms_norm_kernel[(rows,)](
+        launch(add_rms_norm_kernel, (rows,))(
             x, residual, weight, out, eps, rows,
             size, triton.next_power_of_2(size), x.shape[0] if partial else 1, add, add or partial,
             overlaps(rows), num_warps=warps(size), **launch_options(rows),

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.kernels.ahead import launch
 from penstock.kernels.overlap import launch_options, overlaps
 from penstock.kernels.overlap_kernel import release_next, wait_for_previous
 from penstock.kernels.product import ProductShape
@@ -71,7 +72,7 @@ def split_product_triton(x: Tensor, weight: Tensor, shape: ProductShape) -> Tens
     outputs = weight.shape[0]
     partial = torch.empty(shape.splits, rows, outputs, dtype=torch.float32, device=x.device)
     grid = (outputs // shape.outputs, triton.cdiv(rows, shape.rows), shape.splits)
-    split_product_kernel[grid](
+    launch(split_product_kernel, grid)(
         x, weight, partial, rows, outputs, inputs, shape.rows, shape.outputs, shape.inputs, shape.splits,
         overlaps(rows), num_warps=shape.warps, num_stages=shape.stages, **launch_options(rows),
     )  # fmt: skip
@@ -84,7 +85,7 @@ def gated_product_triton(x: Tensor, weight: Tensor, shape: ProductShape) -> Tens
     outputs = weight.shape[0] // 2
     out = x.new_empty(rows, outputs)
     grid = (outputs // shape.outputs, triton.cdiv(rows, shape.rows))
-    gated_product_kernel[grid](
+    launch(gated_product_kernel, grid)(
         x, weight, out, rows, outputs, inputs, shape.rows, shape.outputs, shape.inputs,
         overlaps(rows), num_warps=shape.warps, num_stages=shape.stages, **launch_options(rows),
     )  # fmt: skip

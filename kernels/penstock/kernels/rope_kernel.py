@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.kernels.ahead import launch
 from penstock.kernels.norm import Late
 from penstock.kernels.norm_kernel import late_scale
 from penstock.kernels.overlap import launch_options, overlaps
@@ -112,7 +113,7 @@ def rotate_and_store_triton(
         tile, warps = program_shape(rows)
         stream, stream_eps = late or (qkv, 0.0)
         size = stream.shape[1] if late else 0
-        rotate_and_store_kernel[(rows, triton.cdiv(heads + 2 * kv_heads, tile))](
+        launch(rotate_and_store_kernel, (rows, triton.cdiv(heads + 2 * kv_heads, tile)))(
             qkv, positions, cos_sin, q_weight, k_weight, eps, keys, values, slot_mapping, query, stream, stream_eps,
             bias, heads, kv_heads, head_dim // 2, triton.next_power_of_2(head_dim // 2), tile, q_weight is not None,
             size, triton.next_power_of_2(max(1, size)), bias is not None,

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.kernels.ahead import launch
 from penstock.kernels.attention.decode_shapes import DecodeShape, Spread, decode_shape
 from penstock.kernels.dispatch import full_precision
 from penstock.kernels.overlap import launch_options, overlaps
@@ -200,14 +201,14 @@ def paged_decode_attention_triton(
     partial_lse = query.new_empty(scratch, dtype=torch.float32)
     merged = 1 < shape.splits <= MOST_MERGED and rows * kv_heads <= _ARRIVALS
     counters = arrivals(query.device)
-    decode_kernel[(kv_heads, rows, shape.splits)](
+    launch(decode_kernel, (kv_heads, rows, shape.splits))(
         query, keys, values, block_tables, row_slots, context_lengths, out, partial, partial_lse, counters,
         scale * _LOG2E, heads, kv_heads, head_dim, dim, packed, block_tables.stride(0), block_tokens, tile,
         shape.splits, triton.next_power_of_2(shape.splits), merged, shape.min_chunk, shape.stages,
         full_precision(query.dtype), overlaps(rows), num_warps=shape.warps, **launch_options(rows),
     )  # fmt: skip
     if shape.splits > 1 and not merged:
-        merge_kernel[(heads, rows)](
+        launch(merge_kernel, (heads, rows))(
             partial, partial_lse, context_lengths, out, heads, head_dim, dim, tile,
             shape.splits, triton.next_power_of_2(shape.splits), shape.min_chunk, overlaps(rows),
             num_warps=1, **launch_options(rows),

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.kernels.ahead import launch
 from penstock.kernels.dispatch import full_precision
 
 _LOG2E = 1.4426950408889634
@@ -115,7 +116,7 @@ def paged_prefill_attention_triton(
     dim = max(16, triton.next_power_of_2(head_dim))
     wide = query.dtype != torch.float32
     rows = 64 if wide and max_query > 16 else 16
-    prefill_kernel[(triton.cdiv(max_query, rows), heads, sequence_slots.numel())](
+    launch(prefill_kernel, (triton.cdiv(max_query, rows), heads, sequence_slots.numel()))(
         query, keys, values, block_tables, sequence_slots, query_start, context_lengths, out, scale * _LOG2E,
         heads, kv_heads, head_dim, dim, block_tables.stride(0), block_tokens, rows,
         max(_SMALLEST_TILE, min(64 if wide else 16, block_tokens)), 2 if wide else 1, full_precision(query.dtype),

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.kernels.ahead import launch
+
 
 @triton.jit
 def clear_tails_kernel(
@@ -29,7 +31,7 @@ def clear_tails_triton(values: Tensor, tables: Tensor, context_lengths: Tensor) 
     _, block_tokens, kv_heads, head_dim = values.shape
     row = kv_heads * head_dim
     if tables.shape[0]:
-        clear_tails_kernel[(tables.shape[0], block_tokens)](
+        launch(clear_tails_kernel, (tables.shape[0], block_tokens))(
             values, tables, context_lengths, tables.stride(0), block_tokens, row, triton.next_power_of_2(row),
             num_warps=4,
         )  # fmt: skip

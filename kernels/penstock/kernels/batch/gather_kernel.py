@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.kernels.ahead import launch
 from penstock.kernels.batch.gather import StepRows
 from penstock.kernels.batch.state import LIVE, BatchState
 
@@ -56,7 +57,7 @@ def fill_rows_kernel(
 def gather_rows_triton(state: BatchState, rows: int, block_tokens: int, out: StepRows) -> None:
     """See :func:`penstock.kernels.batch.gather.gather_rows`."""
     if rows:
-        gather_rows_kernel[(triton.cdiv(rows, _TILE),)](
+        launch(gather_rows_kernel, (triton.cdiv(rows, _TILE),))(
             state.row_slots, state.live, state.last_token, state.computed, state.block_tables,
             out.ids, out.positions, out.context_lengths, out.slot_mapping, rows,
             state.layout.slots, block_tokens, state.layout.table_width, _TILE, num_warps=4,
@@ -69,7 +70,7 @@ def fill_rows_triton(
     """See :func:`penstock.kernels.batch.gather.fill_rows`."""
     rows = ids.numel()
     if rows:
-        fill_rows_kernel[(triton.cdiv(rows, _TILE),)](
+        launch(fill_rows_kernel, (triton.cdiv(rows, _TILE),))(
             ids, positions, slots, state.block_tables, out.ids, out.positions, out.slot_mapping, first, rows,
             block_tokens, state.layout.table_width, _TILE, num_warps=4,
         )  # fmt: skip

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.kernels.ahead import launch
+
 _TILE = 256
 
 
@@ -21,4 +23,4 @@ def apply_words_triton(arena: Tensor, words: Tensor) -> None:
     """See :func:`penstock.kernels.batch.update.apply_words`."""
     count = words.shape[0]
     if count:
-        apply_words_kernel[(triton.cdiv(count, _TILE),)](arena, words, count, _TILE, num_warps=4)
+        launch(apply_words_kernel, (triton.cdiv(count, _TILE),))(arena, words, count, _TILE, num_warps=4)

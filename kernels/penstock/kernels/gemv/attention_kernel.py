@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.kernels.ahead import launch
 from penstock.kernels.gemv.attention import FewRows, HeadNorms, SplitRoom
 from penstock.kernels.gemv.product import Splits
 from penstock.kernels.gemv.shapes import MOST_PACKED, SplitShape
@@ -189,7 +190,7 @@ def few_rows_attention_triton(
     count = qkv.shape[0]
     block_tokens, kv_heads, head_dim = keys.shape[1:]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
-    few_rows_attention_kernel[(kv_heads * shape.splits, count)](
+    launch(few_rows_attention_kernel, (kv_heads * shape.splits, count))(
         qkv, rows.positions, rows.tables, cos_sin, norms.queries if norms else None, norms.keys if norms else None,
         norms.eps if norms else 0.0, keys, values, block_tables,
         room.splits.partial, room.splits.lse, room.arrivals, room.merged, scale * _LOG2E,

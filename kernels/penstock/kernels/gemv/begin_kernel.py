@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.kernels.ahead import launch
 from penstock.kernels.batch.state import LIVE, BatchState
 from penstock.kernels.gemv.attention import FewRows
 from penstock.kernels.overlap import launch_options, overlaps
@@ -38,7 +39,7 @@ def begin_kernel(
 def begin_step_triton(state: BatchState, embedding: Tensor, out: FewRows, steps: Tensor, count: int) -> None:
     """See :func:`penstock.kernels.gemv.begin.begin_step`."""
     hidden = embedding.shape[1]
-    begin_kernel[(count,)](
+    launch(begin_kernel, (count,))(
         state.row_slots, state.live, state.last_token, state.computed, embedding,
         out.positions, out.tables, out.stream, steps,
         state.layout.slots, hidden, triton.next_power_of_2(hidden), overlaps(count),

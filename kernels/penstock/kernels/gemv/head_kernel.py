@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.kernels.ahead import launch
 from penstock.kernels.batch.state import MAX_STOP_IDS, BatchState
 from penstock.kernels.gemv.head import KEPT, FewTokens
 from penstock.kernels.gemv.product import Norm
@@ -159,7 +160,7 @@ def head_and_choice_triton(
     """See :func:`penstock.kernels.gemv.head.head_and_choice`."""
     vocabulary, hidden = head.shape
     programs = triton.cdiv(vocabulary, shape.outputs)
-    head_kernel[(programs,)](
+    launch(head_kernel, (programs,))(
         stream, head, norm.weight, norm.eps,
         state.row_slots, state.outputs, state.min_tokens, state.stop_count, state.stop_ids, state.temperature,
         out.logits, out.peaks, out.masses, vocabulary,
@@ -168,7 +169,7 @@ def head_and_choice_triton(
         num_warps=shape.warps, **launch_options(count),
     )  # fmt: skip
     tiles = triton.cdiv(vocabulary, TILE)
-    choose_kernel[(count,)](
+    launch(choose_kernel, (count,))(
         out.logits, state.row_slots, out.peaks, out.masses,
         state.live, state.last_token, state.computed, state.outputs, state.min_tokens, state.max_tokens,
         state.stop_count, state.stop_ids, state.temperature, state.seeds, state.sample_index, out.steps, out.kept,

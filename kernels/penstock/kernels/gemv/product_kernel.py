@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.kernels.ahead import launch
 from penstock.kernels.gemv.product import Norm, Splits
 from penstock.kernels.gemv.shapes import GemvShape, vector
 from penstock.kernels.overlap import launch_options, overlaps
@@ -155,7 +156,7 @@ def gemv_triton(
     rows, outputs = out.shape
     inputs = weight.shape[1]
     values, lse = x if isinstance(x, Splits) else (x, None)
-    gemv_kernel[(outputs // shape.outputs,)](
+    launch(gemv_kernel, (outputs // shape.outputs,))(
         values, lse, weight, norm.weight if norm else None, bias, out, norm.eps if norm else 0.0,
         rows, outputs, inputs, shape.outputs, shape.inputs, vector(weight.dtype), shape.ahead,
         norm is not None, norm is not None and norm.weight is not None, bias is not None, gated, add,

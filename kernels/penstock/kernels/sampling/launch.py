@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from penstock.kernels.ahead import launch
 from penstock.kernels.batch.state import MAX_STOP_IDS, BatchState
 from penstock.kernels.overlap import launch_options, overlaps
 from penstock.kernels.sampling.filter_kernel import survey, threshold
@@ -31,14 +32,14 @@ def launch_tail(logits: Tensor, slots: Tensor, state: BatchState, out: TailOutpu
         _find_floors(logits, slots, state, out)
     chunks, tiles = chunks_of(rows, vocab, TILE)
     weights, stride = out.weights, out.weights.stride(0)
-    weigh[(chunks, rows)](
+    launch(weigh, (chunks, rows))(
         logits, logits.stride(0), slots,
         state.live, state.outputs, state.min_tokens, state.stop_count, state.stop_ids, state.temperature,
         out.floors, weights, stride, vocab, tiles,
         FILTERED=filtered, STOP_IDS=MAX_STOP_IDS, TILE=TILE, OVERLAP=overlaps(rows),
         num_warps=1, **launch_options(rows),
     )  # fmt: skip
-    finish[(rows,)](
+    launch(finish, (rows,))(
         logits, logits.stride(0), slots, weights, stride, out.floors,
         state.live, state.last_token, state.computed, state.outputs, state.min_tokens, state.max_tokens,
         state.stop_count, state.stop_ids, state.temperature, state.seeds, state.sample_index,
@@ -52,7 +53,7 @@ def _find_floors(logits: Tensor, slots: Tensor, state: BatchState, out: TailOutp
     rows, vocab = logits.shape
     chunks, tiles = chunks_of(rows, vocab, SURVEY_TILE)
     peak_stride = out.peaks.stride(0)
-    survey[(chunks, rows)](
+    launch(survey, (chunks, rows))(
         logits, logits.stride(0), slots,
         state.live, state.outputs, state.min_tokens, state.stop_count, state.stop_ids,
         state.temperature, state.top_k, state.top_p, state.min_p,
@@ -60,7 +61,7 @@ def _find_floors(logits: Tensor, slots: Tensor, state: BatchState, out: TailOutp
         STOP_IDS=MAX_STOP_IDS, TILE=SURVEY_TILE, PEAK=PEAK, num_warps=8,
     )  # fmt: skip
     candidates = out.candidates.view(logits.dtype)
-    threshold[(rows,)](
+    launch(threshold, (rows,))(
         logits, logits.stride(0), slots,
         state.live, state.outputs, state.min_tokens, state.stop_count, state.stop_ids,
         state.temperature, state.top_k, state.top_p, state.min_p,

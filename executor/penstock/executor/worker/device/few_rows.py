@@ -6,7 +6,9 @@ for a while in memory of its own, so that the next step need not wait until it h
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -54,6 +56,12 @@ class FewRowsStep:
                 shape = step_shape(sizes, rows, context, device)
                 if shape is not None:
                     self.shapes[rows, context] = shape
+
+    def shallow(self) -> FewRowsStep:
+        """The same with the last two layers alone, its memory shared."""
+        part = copy.copy(self)
+        part._weights, part._pages = replace(self._weights, layers=self._weights.layers[-2:]), self._pages[-2:]
+        return part
 
     def takes(self, rows: int) -> bool:
         """Whether a batch of so many rows can be computed like this."""

@@ -134,6 +134,7 @@ class Program:
         """The same with the last two layers alone: any kernel of a step, in a fraction of its time."""
         part = copy.copy(self)
         part.model, part._pages = self.model.last_layers(2), self._pages[-2:]
+        part.few_rows = None if self.few_rows is None else self.few_rows.shallow()
         return part
 
     def meet_prefill(self) -> None:

@@ -28,6 +28,7 @@ from penstock.executor.worker.device.warm_up import run_full_step, warm_up
 from penstock.executor.worker.kv_cache import PageShape, allocate_pages, longest_sequence
 from penstock.executor.worker.model_runner import LoadedModel, UnsetModel, allocate_model
 from penstock.executor.worker.slots import Capacity
+from penstock.kernels.ahead import can_compile_ahead, compiled_ahead
 from penstock.kernels.attention.chunks import AttentionShape
 
 TUNED_ROWS = 40
@@ -237,13 +238,19 @@ def _count_blocks(
 def _profile(
     spec: ModelSpec, unset: UnsetModel, shape: PageShape, longest: int, prefill: Prefill, device: torch.device
 ) -> int:
-    """The most bytes that state and a full step take beside weights and pages: measured with a pool of one block."""
+    """The most bytes that state and a full step take beside weights and pages: measured with a pool of one block.
+
+    No layer takes more than the last ones, and all use the same memory one after another.
+    """
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     capacity = Capacity(spec.max_sequences, longest, spec.block_tokens, 1, unset.config.vocab_size)
     pages: tuple[LayerCache, ...] = allocate_pages(shape, 2, device)
-    program = Program(unset.model, pages, capacity, spec.max_step_tokens, device, prefill, group=unset.group)
+    program = Program(unset.model, pages, capacity, spec.max_step_tokens, device, prefill, group=unset.group).shallow()
+    if can_compile_ahead():
+        with compiled_ahead(device):
+            run_full_step(program, spec.max_step_tokens, longest)
     run_full_step(program, spec.max_step_tokens, longest)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before

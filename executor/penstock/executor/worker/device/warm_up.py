@@ -3,7 +3,8 @@
 A kernel is compiled when it is launched for the first time, which takes up to a second, unless an earlier run has left
 it in Triton's cache; one of the matrix library is loaded then, which takes milliseconds. Whoever's request comes first
 would wait. Which kernels a step launches depends on its numbers of rows: of all, of those that decode, and of those
-whose next token is chosen. Two layers show them all (:meth:`Program.shallow`).
+whose next token is chosen. Two layers show them all (:meth:`Program.shallow`). Nearly all are compiled side by side
+first (:mod:`penstock.kernels.ahead`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ import torch
 from penstock.executor.worker.device.attention import ChunkRows
 from penstock.executor.worker.device.program import MixedStep, Program
 from penstock.executor.worker.device.sizes import graph_sizes, met_step_sizes
+from penstock.kernels.ahead import can_compile_ahead, compiled_ahead
 from penstock.kernels.attention.decode_shapes import DecodeShape, Spread
 from penstock.kernels.batch.state import NOT_LIVE
 from penstock.kernels.norm import late_pays
 from penstock.kernels.overlap import overlap_pays
+
+MOST_COMPILED = 160
+"""Rows of a step up to which all sizes are met for compiling ahead: others need hardly another kernel."""
 
 
 def warm_up(program: Program, max_step_tokens: int, longest: int) -> None:
@@ -27,24 +32,38 @@ def warm_up(program: Program, max_step_tokens: int, longest: int) -> None:
 
     ``longest``: most tokens of a sequence. Full steps come first: they take the most memory.
     """
-    run_full_step(program, max_step_tokens, longest)
-    live_nobody = program.layout.offset("live") + program.layout.slots
-    program.apply(torch.tensor([live_nobody, NOT_LIVE], dtype=torch.int32, device=program.state.arena.device))
-    program.meet_prefill()
     part = program.shallow()
-    for rows in met_step_sizes(program.max_rows):
+    if can_compile_ahead():
+        with compiled_ahead(program.state.arena.device):
+            _meet_steps(part, _sizes_to_compile(program.max_rows), longest)
+    run_full_step(part, max_step_tokens, longest)
+    part.meet_prefill()
+    _meet_steps(part, met_step_sizes(program.max_rows), longest)
+
+
+def _meet_steps(part: Program, sizes: Sequence[int], longest: int) -> None:
+    """Steps of known ids of all ``sizes``, of all numbers of samples, and all kinds of decode steps."""
+    live_nobody = part.layout.offset("live") + part.layout.slots
+    part.apply(torch.tensor([live_nobody, NOT_LIVE], dtype=torch.int32, device=part.state.arena.device))
+    for rows in sizes:
         _run_step(part, 0, _split(rows, longest))
-    for rows, samples in _samples_of_steps(program):
+    for rows, samples in _samples_of_steps(part, sizes):
         _run_step(part, 0, _split(rows, longest), samples)
-    for rows, spread in _kinds_of_decodes(program):
-        program.decode(rows, spread=spread)
+    for rows, spread in _kinds_of_decodes(part):
+        part.decode(rows, spread=spread)
         for filtered in (False, True):
-            program.choose(rows, filtered=filtered)
-    few = program.few_rows
+            part.choose(rows, filtered=filtered)
+    few = part.few_rows
     for rows, context in [] if few is None else few.shapes:
-        if few is not None and rows in graph_sizes(program.layout.slots):
+        if few is not None and rows in graph_sizes(part.layout.slots):
             few.run(rows, context)
             few.place()
+
+
+def _sizes_to_compile(max_rows: int) -> list[int]:
+    """Few sizes that need nearly all kernels that steps of all of them do."""
+    sizes = met_step_sizes(max_rows)
+    return [size for size in sizes if size <= MOST_COMPILED] + sizes[-1:]
 
 
 def run_full_step(program: Program, max_step_tokens: int, longest: int) -> None:
@@ -70,11 +89,11 @@ def _kinds_of_decodes(program: Program) -> Iterator[tuple[int, Spread]]:
                 yield rows, spread
 
 
-def _samples_of_steps(program: Program) -> Iterator[tuple[int, int]]:
-    """Rows and samples of steps: each number of samples, after each way to normalise."""
+def _samples_of_steps(program: Program, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Rows and samples of steps of ``sizes``: each number of samples, after each way to normalise."""
     for samples in graph_sizes(program.layout.slots):
         met: set[bool] = set()
-        for rows in met_step_sizes(program.max_rows):
+        for rows in sizes:
             late = late_pays(rows, program.row_size)
             if rows >= samples and late not in met:
                 met.add(late)
