@@ -2,8 +2,8 @@
 
     python bench/startup.py MODEL --cold --repeats 2
 
-``--cold``: before the first start the caches of compiled kernels are emptied (an own folder is used for them); the
-others find what it left. The checkpoint should be in the page cache: it is read once before.
+``--cold``: the first start finds no compiled kernels (they go into a fresh folder, or into ``--caches``, which should
+be empty); the others find what it left. The checkpoint should be in the page cache: it is read once before.
 """
 
 import argparse
@@ -39,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--caches", type=Path, help="for --cold: a folder to keep")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of LLM")
     parser.add_argument("--name", default="startup", help="of the file in bench/results")
@@ -47,7 +48,8 @@ def main() -> None:
         subprocess.run(["cat", str(path)], stdout=subprocess.DEVNULL, check=True)
     settings: dict[str, Any] = {"max_model_tokens": 4096, "progress": False}
     settings |= {key: int(value) if value.isdigit() else value for key, value in (p.split("=", 1) for p in options.set)}
-    with tempfile.TemporaryDirectory() as caches:
+    with tempfile.TemporaryDirectory() as fresh:
+        caches = options.caches or Path(fresh)
         environment = dict(os.environ)
         if options.cold:
             environment |= {

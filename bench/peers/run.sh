@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measure vLLM on the machine with the GPU, from the root of the repository.
-#   OUT=DIR bench/peers/run.sh PART…      PART: ceilings, t1, t2, served; without any: ceilings t1 t2
+#   OUT=DIR bench/peers/run.sh PART…      PART: ceilings, t1, t2, t3, t4, served; without any: ceilings t1 t2
 # BUNDLE names what build_bundle.sh made (.whl/site.tar.xz). Figures are added to $OUT/peers.jsonl, one JSON object a
 # line; the log of a part is $OUT/PART.log. Each part has a limit of time; one that fails does not stop the next.
 set -uo pipefail
@@ -30,8 +30,8 @@ for part in "${@:-ceilings t1 t2}"; do
   for name in $part; do
     case $name in
       ceilings) limit=60 ;;
-      t1) limit=140; export VLLM_ENABLE_V1_MULTIPROCESSING=0 ;; # one process: a small model is held up by the other
-      t2) limit=170; export VLLM_ENABLE_V1_MULTIPROCESSING=1 ;;
+      t1 | t3) limit=140; export VLLM_ENABLE_V1_MULTIPROCESSING=0 ;; # one process: a small model is held up by the other
+      t2 | t4) limit=170; export VLLM_ENABLE_V1_MULTIPROCESSING=1 ;;
       served) limit=420; export VLLM_ENABLE_V1_MULTIPROCESSING=1 ;;
       *) echo "error: there is no part $name" >&2; exit 2 ;;
     esac

@@ -1,10 +1,12 @@
 """vLLM on the work that Penstock is measured by, and the ceilings of the GPU beside it.
 
-``run.sh`` starts it, one process a part: ``vllm_bench.py ceilings|t1|t2|served OUT``. Every figure is one JSON object,
-printed and added to OUT/peers.jsonl.
+``run.sh`` starts it, one process a part: ``vllm_bench.py ceilings|t1|t2|t3|t4|served OUT``. Every figure is one JSON
+object, printed and added to OUT/peers.jsonl.
 
 - ceilings: bytes a second of a copy and of reading weights, and matrix products a second.
 - t1, t2: `workload.mixed`, 256 requests of mixed lengths at once, without text; Qwen3-0.6B and Llama-3.1-8B.
+- t3: one request alone, 128 tokens in and 256 out, without text; Qwen3-0.6B.
+- t4: the same with Llama-3.1-8B, then 32 prompts of 8,192 tokens, one token out.
 - served: vLLM's own server and load, 512 tokens in and 128 out, at several rates; Llama-3.1-8B.
 
 The prefix cache is on, as it comes, and emptied before each run. What it must not do is in ``normal_weights``.
@@ -13,6 +15,7 @@ The prefix cache is on, as it comes, and emptied before each run. What it must n
 import importlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -35,6 +38,8 @@ sys.path.pop(0)  # what vLLM looks for, such as `kernels`, is not ours
 MODELS = Path("/tmp/models")
 TEMPERATURE = 0.6
 REPEATS = 3
+STREAMS = 7
+"""Of one request alone, one after another."""
 PORT = 8123
 SERVER_UP_S = 240.0
 RATES = (("inf", 200), ("inf", 1000), ("20", 500), ("40", 800))
@@ -115,7 +120,57 @@ def t2(figures: Figures) -> None:
     _offline(figures, "llama-3.1-8b", max_model_len=8448)
 
 
+def t3(figures: Figures) -> None:
+    """One stream, Qwen3-0.6B."""
+    _one_stream(figures, _engine(figures, "qwen3-0.6b", max_model_len=4096), "qwen3-0.6b")
+
+
+def t4(figures: Figures) -> None:
+    """One stream and long prompts, Llama-3.1-8B."""
+    name = "llama-3.1-8b"
+    engine = _engine(figures, name, max_model_len=8448)
+    _one_stream(figures, engine, name)
+    for repeat in range(REPEATS + 1):
+        work = workload.uniform(32, 8192, 1, vocab_size=models.CONFIGS[name]["vocab_size"], seed=500 + repeat)
+        seconds, _ = _generate(engine, work)
+        tokens = sum(len(request.prompt) for request in work)
+        figures.add(
+            "long prompts", model=name, warm_up=not repeat, seconds=seconds, prompt_tokens_per_s=tokens / seconds
+        )
+
+
 def _offline(figures: Figures, model: str, max_model_len: int) -> None:
+    engine = _engine(figures, model, max_model_len)
+    work = workload.mixed()
+    for repeat in range(REPEATS):
+        seconds, tokens = _generate(engine, work)
+        if tokens != sum(request.max_tokens for request in work):
+            raise AssertionError(f"{tokens} tokens instead of {sum(request.max_tokens for request in work)}")
+        figures.add("mixed", model=model, repeat=repeat, seconds=seconds, tokens=tokens, tokens_per_s=tokens / seconds)
+
+
+def _one_stream(figures: Figures, engine: Any, model: str) -> None:
+    """Milliseconds to the first token and between tokens: what 256 tokens take longer than one."""
+    vocab_size = models.CONFIGS[model]["vocab_size"]
+    first: list[float] = []
+    whole: list[float] = []
+    for repeat in range(STREAMS):
+        for tokens, seconds in ((256, whole), (1, first)):
+            work = workload.uniform(1, 128, tokens, vocab_size=vocab_size, seed=1000 * tokens + repeat)
+            seconds.append(_generate(engine, work)[0])
+    paces = [1e3 * (long - short) / 255 for long, short in zip(whole, first, strict=True)]
+    figures.add(
+        "one stream",
+        model=model,
+        first_token_ms=1e3 * statistics.median(first),
+        token_ms=statistics.median(paces),
+        first_tokens_ms=[1e3 * seconds for seconds in first],
+        tokens_ms=paces,
+    )
+
+
+def _engine(figures: Figures, model: str, max_model_len: int) -> Any:
+    """An engine that has seen a few requests."""
     begun = time.perf_counter()
     engine = vllm().LLM(
         model=str(models.write(model, MODELS)),
@@ -125,14 +180,8 @@ def _offline(figures: Figures, model: str, max_model_len: int) -> None:
         max_model_len=max_model_len,
     )
     figures.add("engine", model=model, seconds=time.perf_counter() - begun, **_settings(engine))
-    vocab_size = models.CONFIGS[model]["vocab_size"]
-    _generate(engine, workload.uniform(64, 200, 24, vocab_size=vocab_size, seed=7))
-    work = workload.mixed()
-    for repeat in range(REPEATS):
-        seconds, tokens = _generate(engine, work)
-        if tokens != sum(request.max_tokens for request in work):
-            raise AssertionError(f"{tokens} tokens instead of {sum(request.max_tokens for request in work)}")
-        figures.add("mixed", model=model, repeat=repeat, seconds=seconds, tokens=tokens, tokens_per_s=tokens / seconds)
+    _generate(engine, workload.uniform(64, 200, 24, vocab_size=models.CONFIGS[model]["vocab_size"], seed=7))
+    return engine
 
 
 def _settings(engine: Any) -> dict[str, Any]:
@@ -226,7 +275,7 @@ def _load(figures: Figures, command: list[str], model: Path, number: int, rate: 
     figures.add("served" if number else "served, warming up", rate=rate, requests=requests, **kept)
 
 
-PARTS = {"ceilings": ceilings, "t1": t1, "t2": t2, "served": served}
+PARTS = {"ceilings": ceilings, "t1": t1, "t2": t2, "t3": t3, "t4": t4, "served": served}
 
 
 def main() -> None:

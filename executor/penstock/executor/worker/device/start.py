@@ -34,7 +34,7 @@ from penstock.kernels.attention.chunks import AttentionShape
 TUNED_ROWS = 40
 """With fewer rows most products are kernels of our own."""
 TUNE_SECONDS = 4.0
-"""Spent at most on choosing algorithms for the matrix products of a full step, and again for those of decode steps."""
+"""Spent at most on choosing algorithms for the matrix products of a full step, of decode steps, of captured prompts."""
 
 
 @dataclass(slots=True)
@@ -169,8 +169,10 @@ def _launch_and_capture(
     if not spec.cuda_graphs:
         return
     with report.stage("products", device):
-        rows = [rows for rows in graph_sizes(spec.max_sequences) if rows >= TUNED_ROWS]
-        program.model.tune(rows, TUNE_SECONDS)
+        decodes = [rows for rows in graph_sizes(spec.max_sequences) if rows >= TUNED_ROWS]
+        prompts = [rows for rows in _prefill_sizes(spec) if rows >= TUNED_ROWS and rows not in decodes]
+        program.model.tune(decodes, TUNE_SECONDS)
+        program.model.tune(prompts, TUNE_SECONDS, head=False)
     loading.check()
     with report.stage("graphs", device):
         report.bytes["graphs"] = _capture(graphs, prefills, spec, device, progress)
@@ -210,8 +212,11 @@ def _capture(
 
 def _graphs(spec: ModelSpec) -> int:
     """Sizes of steps that are captured."""
-    prefills = PrefillGraphs.sizes(spec.max_sequences + spec.max_step_tokens, spec.max_sequences)
-    return len(graph_sizes(spec.max_sequences)) + len(prefills)
+    return len(graph_sizes(spec.max_sequences)) + len(_prefill_sizes(spec))
+
+
+def _prefill_sizes(spec: ModelSpec) -> list[int]:
+    return PrefillGraphs.sizes(spec.max_sequences + spec.max_step_tokens, spec.max_sequences)
 
 
 def _count_blocks(
