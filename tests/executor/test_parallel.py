@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -12,11 +14,13 @@ from torch.nn.functional import linear
 
 from penstock.executor.executor import ExecutorError
 from penstock.executor.layers.linear import Linear
-from penstock.executor.layers.parallel import ALONE, FRAME_BYTES, Group, GroupError
+from penstock.executor.layers.parallel import ALONE, FRAME_BYTES, Backend, Group, GroupError
 from penstock.executor.layers.placement import Placement
 from penstock.executor.models.errors import CheckpointError
 from penstock.kernels.batch.state import ArenaLayout, BatchState
 from support.rank_threads import ranks
+
+LIMIT_S = 60.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -104,6 +108,34 @@ def test_a_rank_that_parts_is_noticed_at_once_and_a_silent_one_at_the_deadline()
         with pytest.raises(GroupError, match="Timed out") as caught:
             threads.groups[1].receive()
         assert "\n" not in str(caught.value)
+
+
+class Captured:
+    """Stands for NCCL: it ends when nothing is left that has captured one of its operations."""
+
+    def __init__(self) -> None:
+        self.ending, self.dropped, self.ended = (threading.Event() for _ in range(3))
+
+    def drop(self) -> None:
+        """What a graph of a lost rank's waits for ends only once it is being aborted."""
+        if self.ending.wait(LIMIT_S):
+            self.dropped.set()
+
+    def abort(self) -> None:
+        self.ending.set()
+        if self.dropped.wait(LIMIT_S):
+            self.ended.set()
+
+
+def test_a_group_ends_though_graphs_hold_its_operations() -> None:
+    nccl = Captured()
+    group = Group(0, 2, {"cuda": cast(Backend, nccl)})
+    group.before_close(nccl.drop)
+    group.close()
+    assert nccl.ended.is_set()
+    group.close()
+    ALONE.before_close(nccl.drop)
+    assert not ALONE._drops
 
 
 def shares(group: Group, whole: Linear, kept: int) -> Linear:

@@ -153,14 +153,20 @@ def test_a_fault_in_one_rank_is_one_line_in_all(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_is_lost_ends_the_others_within_the_deadline(models: Path, tmp_path: Path) -> None:
-    settings = {"meeting": str(tmp_path / "meeting"), "seconds": 4.0}
+    changes = {"rank_seconds": 4.0}
+    settings = {"meeting": str(tmp_path / "meeting"), "changes": changes, "ends": ["stopped", "killed"]}
     (first,) = launch("lost", models / "llama", tmp_path / "out", settings, lost=[1])
-    for name, least, most in (("stopped", 4.0, 20.0), ("killed", 0.0, 10.0)):
-        kind, line, seconds = first[name]
-        assert kind == "ExecutorError"
-        assert "another rank of 2 is lost or does not answer: " in line
-        assert "\n" not in line
-        assert least <= seconds < most
+    assert_lost(first["stopped"], 4.0, 20.0)
+    assert_lost(first["killed"], 0.0, 10.0)
+
+
+def assert_lost(end: list[Any], least: float, most: float) -> None:
+    """One line, within so many seconds."""
+    kind, line, seconds = end
+    assert kind == "ExecutorError"
+    assert "another rank of 2 is lost or does not answer: " in line
+    assert "\n" not in line
+    assert least <= seconds < most
 
 
 @pytest.mark.gpu
@@ -178,6 +184,18 @@ def test_two_gpus_make_the_tokens_of_one_process(models: Path, tmp_path: Path) -
                 made = one[f"{kind} {name}"]
                 assert [made[what] for what in ("tokens", "again")] == [expected[what] for what in ("tokens", "again")]
                 assert made["plans"] == seen[0][f"{kind} {name}"]["plans"]
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(GPU_LIMIT_S + 60)
+def test_a_rank_that_is_killed_ends_the_other_one_on_gpus(models: Path, tmp_path: Path) -> None:
+    """Though the device of the other one waits for it in the middle of a graph."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    changes = {"device": "cuda", "gpu_memory_utilization": 0.2, "rank_seconds": 300.0}
+    settings = {"meeting": str(tmp_path / "meeting"), "changes": changes, "ends": ["killed"]}
+    (first,) = launch("lost", models / "llama", tmp_path / "out", settings, limit=GPU_LIMIT_S, lost=[1])
+    assert_lost(first["killed"], 0.0, 30.0)
 
 
 # ---- refused by name, before anything is started ----

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from penstock.executor.step import Fragment, Sampling, StepResult, Stopping, pack_u32
+from penstock.executor.worker.device import start
+from penstock.executor.worker.device.program import Program
 from penstock.executor.worker.device.runner import DeviceRunner
 from support.by_hand import ByHand, Kind, admission, spec, start_of, started
 from support.hand_scheduler import Request
@@ -121,21 +124,39 @@ def test_a_bad_plan_for_one_slot_fails_that_slot_alone(name: str, folder: Path, 
     assert tokens == pack_u32(greedy(folder, NEIGHBOUR))
 
 
+def test_steps_that_the_start_has_launched_are_nobodys(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a step of few rows leaves its tokens is counted on the device, and by the host."""
+
+    def after_steps(program: Program, *arguments: Any) -> DeviceRunner:
+        assert program.few_rows is not None
+        for _ in range(3):
+            program.few_rows.run(1, 0)
+        return DeviceRunner(program, *arguments)
+
+    monkeypatch.setattr(start, "computes_few_rows", lambda device, dtype: True)
+    monkeypatch.setattr(start, "DeviceRunner", after_steps)
+    with started(spec(folder, resident=True)) as (executor, _):
+        plan = ByHand(executor)
+        first = plan(admissions=(admission(0, NEIGHBOUR.prompt),), **start_of(0, 4, [3, 1]))
+        burst = plan(repeat=NEIGHBOUR.max_tokens - 1)
+    assert first.ids + burst.ids == pack_u32(greedy(folder, NEIGHBOUR))
+
+
 def test_a_failed_slot_is_inert_until_released(folder: Path, kind: Kind) -> None:
     with started(spec(folder, **kind)) as (executor, _):
         plan = ByHand(executor)
-        start: dict[str, object] = {
+        begin: dict[str, object] = {
             "block_slots": pack_u32([2]),
             "block_ids": pack_u32([7]),
             "schedule_slots": pack_u32([2]),
             "schedule_rows": pack_u32([1]),
             "rows": pack_u32([2]),
         }
-        bad = plan(admissions=(admission(2, [400]),), **start)
+        bad = plan(admissions=(admission(2, [400]),), **begin)
         assert (bad.counts, bad.ids, len(bad.failed)) == (b"\0", b"", 1)
         again = plan(schedule_slots=pack_u32([2]), schedule_rows=pack_u32([1]))
         assert (again.counts, again.failed) == (b"\0", ())
-        good = plan(release=pack_u32([2]), admissions=(admission(2, [40]),), **start)
+        good = plan(release=pack_u32([2]), admissions=(admission(2, [40]),), **begin)
         assert (good.counts, good.failed) == (b"\1", ())
 
 

@@ -47,6 +47,7 @@ PARAMS = [
     for number in range(9)
 ]
 RANK = int(os.environ.get("RANK", "0"))
+ENDS = {"stopped": signal.SIGSTOP, "killed": signal.SIGKILL}
 
 
 def worker(llm: LLM) -> UniprocExecutor:
@@ -171,9 +172,9 @@ def lost(folder: Path, settings: dict[str, Any]) -> Seen:
     """A rank that stops answering, then one that is killed, in the middle of their work; rank 0 times the end of it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # with which torchrun ends the others as soon as one has ended
     seen: Seen = {}
-    meeting = Path(settings["meeting"])
-    for name, send in (("stopped", signal.SIGSTOP), ("killed", signal.SIGKILL)):
-        began = 0.0
+    meeting, changes = Path(settings["meeting"]), settings["changes"]
+    for name in settings["ends"]:
+        send, began = ENDS[name], 0.0
 
         def end(plan: StepPlan, send: signal.Signals = send) -> None:
             nonlocal began
@@ -183,7 +184,7 @@ def lost(folder: Path, settings: dict[str, Any]) -> Seen:
                     os.kill(os.getpid(), send)
 
         other = meet(meeting / name)
-        with error(seen, name), watched(end), LLM(folder, **SMALL | {"rank_seconds": settings["seconds"]}) as llm:
+        with error(seen, name), watched(end), LLM(folder, **SMALL | changes) as llm:
             llm.generate(PROMPTS, PARAMS, progress=False)
         seen[name][-1] = time.monotonic() - began
         if RANK == 0 and send == signal.SIGSTOP:

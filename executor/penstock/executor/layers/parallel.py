@@ -10,7 +10,8 @@ Every operation is made by all ranks in the same order, by one thread of each, a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 FRAME_BYTES: Final = 4096
 """Messages up to this size, their length included, take one broadcast: most plans do."""
+ABORT_SECONDS: Final = 30.0
+"""That an abort may take; whoever closes goes on then."""
 _LENGTH_BYTES: Final = 8
 _SOURCE_FILE: Final = re.compile(r"^\[[^\]]*\] ")
 """What the transport puts in front of its messages: the line of its own code."""
@@ -63,6 +66,7 @@ class Group:
     size: int = 1
     backends: dict[str, Backend] = field(default_factory=dict)
     """By the type of the device that a tensor is on; "cpu" is always there if ``size`` is more than 1."""
+    _drops: list[Callable[[], None]] = field(default_factory=list)
 
     # ---- tensors ----
 
@@ -160,12 +164,26 @@ class Group:
 
     # ---- end ----
 
+    def before_close(self, drop: Callable[[], None]) -> None:
+        """Have ``drop`` called, by any thread, to let go of the CUDA graphs that captured operations of the group."""
+        if self.size > 1:
+            self._drops.append(drop)
+
     def close(self) -> None:
-        """Part from the others: whatever they wait for fails at once. Idempotent; nothing may be going on."""
+        """Part from the others: whatever they wait for fails at once. Idempotent; nothing of this rank may be going on
+        but what waits for a rank that is lost.
+        """
         nccl = self.backends.get("cuda")
         self.backends.clear()  # gloo parts when nobody holds it any more
-        if nccl is not None:
-            nccl.abort()  # what waits on the GPU for a rank that is lost would wait for good
+        if nccl is None:
+            return
+        # What waits on the GPU for a rank that is lost would wait for good. It ends when this begins; this ends when
+        # there are no graphs any more that captured an operation (NCCL 2.28, init.cc, commDestroySync).
+        ending = threading.Thread(target=nccl.abort, name="abort", daemon=True)
+        ending.start()
+        for drop in self._drops:
+            drop()
+        ending.join(ABORT_SECONDS)
 
     def _backend(self, tensor: Tensor) -> Backend:
         backend = self.backends.get(tensor.device.type)

@@ -67,8 +67,16 @@ class FewRowsStep:
         """Whether a batch of so many rows can be computed like this."""
         return (rows, 0) in self.shapes
 
+    def restart(self) -> None:
+        """Forget the steps so far, which were nobody's; none may be under way."""
+        self._tokens.steps.zero_()
+        self._begun = 0
+
     def place(self) -> int:
-        """Where in :meth:`kept` the next step leaves its tokens; to be called once for each step that is launched."""
+        """Where in :meth:`kept` the next step leaves its tokens.
+
+        To be called once for each step that is launched since the last :meth:`restart`.
+        """
         place = self._begun % KEPT
         self._begun += 1
         return place

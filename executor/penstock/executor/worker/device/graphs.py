@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import Tensor
 
-from penstock.executor.worker.device.capture import Recorder
+from penstock.executor.worker.device.capture import Captured, Recorder
 from penstock.executor.worker.device.program import Program
 from penstock.executor.worker.device.sizes import graph_size, graph_sizes
 from penstock.kernels.attention.decode_shapes import DecodeShape, Spread
@@ -25,9 +24,9 @@ class DecodeGraphs:
     def __init__(self, program: Program) -> None:
         """Nothing is captured."""
         self._program = program
-        self._forward: dict[tuple[int, DecodeShape], torch.cuda.CUDAGraph] = {}
-        self._tail: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
-        self._few: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._forward: dict[tuple[int, DecodeShape], Captured] = {}
+        self._tail: dict[tuple[int, bool], Captured] = {}
+        self._few: dict[tuple[int, int], Captured] = {}
         self._recorder: Recorder | None = None
 
     def capture(self, recorder: Recorder, on_size: Callable[[], None]) -> None:
@@ -57,7 +56,7 @@ class DecodeGraphs:
         else:
             self._forward_of(size, spread).replay()
 
-    def _forward_of(self, size: int, spread: Spread) -> torch.cuda.CUDAGraph:
+    def _forward_of(self, size: int, spread: Spread) -> Captured:
         """The graph; spreads for which attention is cut alike share one."""
         key = size, self._program.decode_shape(size, spread)
         if key not in self._forward:
@@ -97,7 +96,6 @@ class DecodeGraphs:
         for size, context in [] if few is None else few.shapes:
             if few is not None and size in sizes:
                 self._few[size, context] = recorder.captured(partial(few.run, size, context))
-                few.place()  # what was run before it was captured
 
     def _size_of(self, rows: int) -> int:
         return graph_size(rows, self._program.layout.slots)

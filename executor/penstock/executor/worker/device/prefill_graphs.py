@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from penstock.executor.worker.device.attention import ChunkRows
-from penstock.executor.worker.device.capture import Recorder
+from penstock.executor.worker.device.capture import Captured, Recorder
 from penstock.executor.worker.device.mirror import Chunk, Step
 from penstock.executor.worker.device.program import MixedStep, Program
 from penstock.executor.worker.device.upload import Words
@@ -44,8 +44,8 @@ class PrefillGraphs:
         self._program = program
         words = self._fields(SIZES[-1])[_ROWS[-1]].stop
         self._words = torch.zeros(words, dtype=torch.int32, device=program.state.arena.device)
-        self._forward: dict[int, torch.cuda.CUDAGraph] = {}
-        self._tail: dict[bool, torch.cuda.CUDAGraph] = {}
+        self._forward: dict[int, Captured] = {}
+        self._tail: dict[bool, Captured] = {}
 
     @staticmethod
     def sizes(max_rows: int, slots: int) -> list[int]:

@@ -61,7 +61,7 @@ class Program:
         computed by kernels of their own, if these take the model. ``group``: the ranks of ``model``, which all run the
         same steps.
         """
-        self.model, self._pages, self._group = model, pages, group
+        self.model, self._pages, self.group = model, pages, group
         self._prefill = prefill or Prefill()
         self.row_size = model.hidden_size
         """Elements of a row between the layers."""
@@ -128,7 +128,7 @@ class Program:
 
     def _agree(self) -> None:
         """What rank 0 chose holds in all ranks, whose logits may differ in their last bits."""
-        self._group.broadcast(self.state.advanced)
+        self.group.broadcast(self.state.advanced)
 
     def shallow(self) -> Program:
         """The same with the last two layers alone: any kernel of a step, in a fraction of its time."""

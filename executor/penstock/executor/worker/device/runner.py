@@ -74,7 +74,10 @@ class DeviceRunner:
         max_step_tokens: int,
         device: torch.device,
     ) -> None:
-        """``program`` computes on ``device``; ``graphs`` are its decode steps, ``prefills`` its short prompts."""
+        """``program`` computes on ``device``; ``graphs`` are its decode steps, ``prefills`` its short prompts.
+
+        What has been launched of them so far was to meet them.
+        """
         self._program, self._graphs, self._prefills = program, graphs, prefills
         self._capacity, self._device = capacity, device
         self._timeline = CudaTimeline(device) if device.type == "cuda" else HostTimeline()
@@ -85,6 +88,8 @@ class DeviceRunner:
         self._downloaded: Mark | None = None
         self._epoch = 0
         self._number = 0
+        if program.few_rows is not None:
+            program.few_rows.restart()
 
     def take_thread(self) -> None:
         """Called once by each thread that uses this."""

@@ -175,7 +175,9 @@ def _launch_and_capture(
         program.model.tune(prompts, TUNE_SECONDS, head=False)
     loading.check()
     with report.stage("graphs", device):
-        report.bytes["graphs"] = _capture(graphs, prefills, spec, device, progress)
+        recorder = Recorder(device)
+        program.group.before_close(recorder.drop)
+        report.bytes["graphs"] = _capture(recorder, graphs, prefills, spec, device, progress)
 
 
 def computes_few_rows(device: torch.device, dtype: torch.dtype) -> bool:
@@ -193,10 +195,15 @@ def _choose_prefill(spec: ModelSpec, unset: UnsetModel, device: torch.device) ->
 
 
 def _capture(
-    graphs: DecodeGraphs, prefills: PrefillGraphs, spec: ModelSpec, device: torch.device, progress: Progress
+    recorder: Recorder,
+    graphs: DecodeGraphs,
+    prefills: PrefillGraphs,
+    spec: ModelSpec,
+    device: torch.device,
+    progress: Progress,
 ) -> int:
     """Capture all graphs; the bytes that they took."""
-    free, recorder, sizes, done = torch.cuda.mem_get_info(device)[0], Recorder(device), _graphs(spec), 0
+    free, sizes, done = torch.cuda.mem_get_info(device)[0], _graphs(spec), 0
 
     def on_size() -> None:
         nonlocal done

@@ -57,7 +57,6 @@ def _meet_steps(part: Program, sizes: Sequence[int], longest: int) -> None:
     for rows, context in [] if few is None else few.shapes:
         if few is not None and rows in graph_sizes(part.layout.slots):
             few.run(rows, context)
-            few.place()
 
 
 def _sizes_to_compile(max_rows: int) -> list[int]:
