@@ -1,6 +1,7 @@
 """Which way to compute the matrix products of a decode step: ``python bench/kernels/gemm.py [--model 8b]``.
 
-For each product of a model and each number of rows: cuBLAS, cuBLASLt, and both with operands swapped, in microseconds;
+For each product of a model and each number of rows: cuBLAS, cuBLASLt, and both with operands swapped, and what a start
+chooses among cuBLASLt's algorithms (:mod:`penstock.executor.layers.matmul`), in microseconds;
 where :mod:`penstock.kernels.product` has a cut, our own kernel and its share of the floor, and for one that ends with
 SiLU·mul the library's product with that behind it; beside the floor (weights read once at the rate that a matrix-vector
 product reaches here, or the multiplications at the rate of a large product, whichever is longer). The weights of all
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from penstock.executor.layers.matmul import Products
 from penstock.kernels.activation import silu_mul
 from penstock.kernels.product import gated_product, gated_shape, split_product, split_shape
 
@@ -33,6 +35,8 @@ SHAPES = {
 ROWS = (1, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 ROTATED_BYTES = 256 * 2**20
 """Weights that take turns: several times the L2 cache."""
+
+TUNE_SECONDS = 5.0
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -84,6 +88,9 @@ def measure(name: str, outputs: int, inputs: int, rows: int) -> dict[str, float]
 
         found[way] = 1e6 * graph_s(work, copies)
     torch.backends.cuda.preferred_blas_library("default")
+    products = Products()
+    products.tune([rows], weights, limit_s=TUNE_SECONDS)
+    found["chosen"] = 1e6 * graph_s(lambda: [products(x, weight) for weight in weights], copies)
     return found
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from penstock.executor.models.llama import Llama
 from penstock.executor.models.registry import build_model
 from penstock.executor.models.weights import load_weights
 from penstock.executor.worker.device import tune as tuning
+from penstock.executor.worker.device.few_rows import FewRowsStep
 from penstock.executor.worker.device.tune import BLOCK_TOKENS, TOKENS, WORTH, StepBench, Tried, Tuner, tokens_of, tune
 from penstock.kernels.attention.reference import Scratch
 from penstock.kernels.gemv.neighbours import alternatives, attention_alternatives
@@ -209,6 +211,28 @@ def test_nothing_is_tried_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     cost = away_from(wandered(weights, 30, 1))
     Search(weights, monkeypatch, lambda shape: met.append(shape) or cost(shape)).from_default()  # type: ignore[func-returns-value]
     assert len(met) == len(set(met))
+
+
+def test_cuts_are_compiled_before_they_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = weights_of(tmp_path)
+    inside, compiled, met = [False], set[StepShape](), set[StepShape]()
+    compute = FewRowsStep.compute
+
+    @contextmanager
+    def compiling(device: torch.device) -> Iterator[None]:
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    def computed(step: FewRowsStep, rows: int, shape: StepShape) -> None:
+        (compiled if inside[0] else met).add(shape)
+        compute(step, rows, shape)
+
+    monkeypatch.setattr(tuning, "can_compile_ahead", lambda: True)
+    monkeypatch.setattr(tuning, "compiled_ahead", compiling)
+    monkeypatch.setattr(FewRowsStep, "compute", computed)
+    Search(weights, monkeypatch, away_from(wandered(weights, 30, 1))).from_default()
+    assert met - compiled == {default_of(weights)}
 
 
 def test_what_is_hardly_faster_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ from penstock.kernels.gemv import (
 )
 from penstock.kernels.gemv.attention import HeadNorms
 from penstock.kernels.gemv.product import Norm
-from penstock.kernels.gemv.shapes import GemvShape, LayerSizes, StepShape, default_shape
+from penstock.kernels.gemv.shapes import GemvShape, LayerSizes, StepShape, default_shape, most_rows
 from penstock.kernels.gemv.tuned import SHIPPED, read_entries
 
 META = torch.device("meta")
@@ -63,14 +63,13 @@ def shipped() -> dict[str, tuple[LayerSizes, int, StepShape]]:
             entry.sizes, entry.rows, entry.shape,
         )
         for entry in read_entries(SHIPPED / "nvidia_h200.json")
-        if entry.rows <= 2
     }  # fmt: skip
 
 
 def defaults() -> dict[str, tuple[LayerSizes, int, StepShape]]:
     found = {}
     for sizes in (LLAMA, QWEN3, QWEN2):
-        for rows, context in ((1, 0), (2, 0), (1, 2)):
+        for rows, context in (*((rows, 0) for rows in range(1, most_rows(sizes) + 1)), (1, 2)):
             shape = default_shape(sizes, rows, context)
             assert shape is not None
             found[f"default, hidden {sizes.hidden}, {rows} rows, context {context}"] = (sizes, rows, shape)

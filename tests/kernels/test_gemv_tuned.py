@@ -26,6 +26,7 @@ from penstock.kernels.gemv.shapes import (
     StepShape,
     context_class,
     default_shape,
+    most_rows,
     starts,
 )
 from penstock.kernels.gemv.tuned import (
@@ -278,7 +279,7 @@ def test_starts_fit(sizes: LayerSizes, rows: int, context: int) -> None:
     assert len(set(found)) > 0
     for shape in found:
         assert_usable(shape, sizes)
-        if rows <= MOST_ROWS:
+        if rows <= most_rows(sizes):
             assert default_shape(sizes, rows, context) == found[0]
 
 
@@ -349,7 +350,7 @@ def test_what_the_kernels_do_not_take(odd: dict[str, int]) -> None:
 
 @given(sizes_taken(), st.integers(-2, 64), st.sampled_from(ALL_CONTEXTS))
 def test_rows_that_are_not_few(sizes: LayerSizes, rows: int, context: int) -> None:
-    assume(not 1 <= rows <= MOST_ROWS)
+    assume(not 1 <= rows <= most_rows(sizes))
     assert default_shape(sizes, rows, context) is None
 
 

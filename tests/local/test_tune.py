@@ -12,6 +12,7 @@ import torch
 from penstock.executor.worker import model_runner, worker
 from penstock.executor.worker.device.tune import StepBench
 from penstock.executor.worker.model_runner import LoadedModel
+from penstock.kernels.gemv import shapes
 from penstock.kernels.gemv.shapes import StepShape
 from penstock.kernels.gemv.tuned import read_entries
 from penstock.local.main import run
@@ -47,9 +48,9 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 def test_writes_an_entry_for_each_step(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(build_tiny_llama(tmp_path / "model", shape=LONG))
-    assert run(["tune", model, "--rows", "1,2", "--contexts", "0,1"]) == 0
+    assert run(["tune", model, "--contexts", "0,1"]) == 0
     entries = read_entries(folder / "nvidia_abacus.json")
-    assert [(entry.rows, entry.context) for entry in entries] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [(entry.rows, entry.context) for entry in entries] == [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)]
     for entry in entries:
         assert entry.shape.attention.splits == 1
         assert entry.shape.down == entries[0].shape.down, "for longer contexts all but attention is kept"
@@ -76,6 +77,17 @@ def test_a_model_that_the_kernels_do_not_take(tmp_path: Path, folder: Path, caps
     model = str(build_tiny_llama(tmp_path / "model", shape=TINY_QWEN3))
     assert run(["tune", model, "--rows", "1", "--contexts", "0"]) == 1
     assert capsys.readouterr().err == f"error: {model}: the kernels for few rows do not take this model\n"
+    assert not folder.exists()
+
+
+def test_more_rows_than_the_kernels_are_used_for(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shapes, "SMALL_MODEL", LONG.hidden_size - 1)
+    model = str(build_tiny_llama(tmp_path / "model", shape=LONG))
+    assert run(["tune", model, "--rows", "2,3"]) == 1
+    said = capsys.readouterr().err
+    assert said == f"error: {model}: steps of more than 2 rows have other kernels in this model\n"
     assert not folder.exists()
 
 

@@ -17,7 +17,7 @@ from penstock.executor.executor import ExecutorError
 from penstock.executor.models.errors import CheckpointError
 
 _HELP: Final = """\
-Measures whole decode steps of one and two rows, cut in different ways, and writes the best ones to a file that workers
+Measures whole decode steps of one to three rows, cut in different ways, and writes the best ones to a file that workers
 read when they start. A cut whose result is not as near to a float32 reference as the default's is not taken.
 Weights are drawn: a folder with a config.json will do. Takes about a minute for each number of rows and class of
 context; nothing else should use the GPU meanwhile."""
@@ -27,7 +27,7 @@ class TuneConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What to tune, and for how long."""
 
     model_dir: Annotated[Path, Meta(description="A model folder; its config.json will do.")]
-    rows: Annotated[str, Meta(description="Numbers of rows, separated by commas.")] = "1,2"
+    rows: Annotated[str, Meta(description="Numbers of rows, separated by commas; none: all.")] = ""
     contexts: Annotated[str, Meta(description="Classes of contexts, 0 short to 2 long, separated by commas.")] = "0,1,2"
     seconds: Annotated[float, Meta(gt=0, description="At most, for each of them.")] = 90.0
     device: Annotated[str, Meta(description="cuda or cuda:N.")] = "cuda"
@@ -53,10 +53,10 @@ def run(config: TuneConfig) -> int:
     from penstock.executor.worker.device.tune import tokens_of, tune
     from penstock.executor.worker.model_runner import load_model
     from penstock.executor.worker.worker import choose_device
-    from penstock.kernels.gemv.shapes import MOST_ROWS
+    from penstock.kernels.gemv.shapes import MOST_ROWS, most_rows
     from penstock.kernels.gemv.tuned import file_of, read_entries, user_folder, write_entries
 
-    rows = _numbers(config.rows, "rows", range(1, MOST_ROWS + 1))
+    rows = _numbers(config.rows, "rows", range(1, MOST_ROWS + 1)) if config.rows else None
     contexts = _numbers(config.contexts, "contexts", range(3))
     device = choose_device(config.device)
     if device.type != "cuda":
@@ -71,16 +71,19 @@ def run(config: TuneConfig) -> int:
     with torch.inference_mode():
         loaded = load_model(config.model_dir, "bfloat16", lambda done, total: None, device=device, load_format="dummy")
         weights = loaded.model.few_rows()
-    for count in rows:
+    if weights is None:
+        raise ExecutorError(f"{config.model_dir}: the kernels for few rows do not take this model")
+    most = most_rows(weights.sizes)
+    if rows and max(rows) > most:
+        raise ExecutorError(f"{config.model_dir}: steps of more than {most} rows have other kernels in this model")
+    for count in rows or range(1, most + 1):
         near = None
         for context in contexts:
-            if weights is not None and tokens_of(weights, context) is None:
+            if tokens_of(weights, context) is None:
                 _tell(f"contexts {context}: the model has no positions for them")
                 continue
             begun = time.monotonic()
-            entry = None if weights is None else tune(
-                weights, count, context, near=near, limit_s=config.seconds, measured=_versions(), told=_tell
-            )  # fmt: skip
+            entry = tune(weights, count, context, near=near, limit_s=config.seconds, measured=_versions(), told=_tell)
             if entry is None:
                 raise ExecutorError(f"{config.model_dir}: the kernels for few rows do not take this model")
             near = near or entry.shape

@@ -7,10 +7,10 @@ from typing import Final
 
 import torch
 
-MOST_ROWS: Final = 2
-"""Of a step that is computed so. The kernels are right for any few; with 4 rows the tensor cores' products are faster,
-on an H200 4.96 ms a step instead of 5.72 (Llama-3.1-8B), 1.00 instead of 1.07 (Qwen3-0.6B); with 2 it is 4.45 and
-4.12, 0.93 and 0.67."""
+from penstock.kernels.dispatch import SMALL_MODEL
+
+MOST_ROWS: Final = 3
+"""Of a step that is computed so; see :func:`most_rows`."""
 MOST_PACKED: Final = 16
 """Query heads that share a key/value head: rows of a tensor core's tile."""
 MOST_MERGED_BY_PRODUCT: Final = 8
@@ -131,12 +131,20 @@ def context_class(longest: int) -> int:
     return next(index for index, most in enumerate(CONTEXTS) if longest <= most)
 
 
+def most_rows(sizes: LayerSizes) -> int:
+    """Of a step that is computed so. The kernels are right for any few; with more the tensor cores' products win.
+
+    On an H200 (bench/results/h200/few_rows.txt).
+    """
+    return MOST_ROWS if sizes.hidden <= SMALL_MODEL else MOST_ROWS - 1
+
+
 def default_shape(sizes: LayerSizes, rows: int, context: int) -> StepShape | None:
     """A cut for a model that nobody has measured; None: these kernels do not take it.
 
     ``context`` is an index of CONTEXTS. Right whatever the machine, and near the best on an H200.
     """
-    if not 1 <= rows <= MOST_ROWS or not _takes(sizes):
+    if not 1 <= rows <= most_rows(sizes) or not _takes(sizes):
         return None
     return next(iter(starts(sizes, rows, context)))
 

@@ -20,7 +20,7 @@ from penstock.kernels.gemv.attention import FewRows, SplitRoom, few_rows_attenti
 from penstock.kernels.gemv.begin import begin_step
 from penstock.kernels.gemv.head import KEPT, FewTokens, head_and_choice
 from penstock.kernels.gemv.product import gemv
-from penstock.kernels.gemv.shapes import CONTEXTS, MOST_ROWS, StepShape, context_class
+from penstock.kernels.gemv.shapes import CONTEXTS, StepShape, context_class, most_rows
 from penstock.kernels.gemv.tuned import step_shape
 from penstock.kernels.overlap import overlapped
 
@@ -29,12 +29,12 @@ class FewRowsStep:
     """The steps of one model over its pages. Not thread-safe."""
 
     def __init__(
-        self, weights: StepWeights, pages: Sequence[LayerCache], state: BatchState, logits: Tensor, most_rows: int
+        self, weights: StepWeights, pages: Sequence[LayerCache], state: BatchState, logits: Tensor, rows: int
     ) -> None:
-        """``logits`` [≥ most_rows, vocabulary]: where a step leaves them. ``most_rows``: at most MOST_ROWS."""
+        """``logits`` [≥ rows, vocabulary]: where a step leaves them. ``rows``: the most that there can be."""
         self._weights, self._pages, self._state = weights, pages, state
-        self.most_rows = min(most_rows, MOST_ROWS)
         sizes, like = weights.sizes, weights.embedding
+        self.most_rows = min(rows, most_rows(sizes))
         device, dtype = like.device, like.dtype
 
         def integers() -> Tensor:
@@ -51,11 +51,11 @@ class FewRowsStep:
         self._begun = 0
         self.shapes: dict[tuple[int, int], StepShape] = {}
         """By rows and index of CONTEXTS, those that are used."""
-        for rows in range(1, self.most_rows + 1):
+        for count in range(1, self.most_rows + 1):
             for context in range(len(CONTEXTS)):
-                shape = step_shape(sizes, rows, context, device)
+                shape = step_shape(sizes, count, context, device)
                 if shape is not None:
-                    self.shapes[rows, context] = shape
+                    self.shapes[count, context] = shape
 
     def shallow(self) -> FewRowsStep:
         """The same with the last two layers alone, its memory shared."""

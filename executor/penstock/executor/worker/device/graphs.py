@@ -35,15 +35,14 @@ class DecodeGraphs:
         ``on_size`` is called behind each. No slot may be live.
         """
         self._recorder = recorder
-        sizes = graph_sizes(self._program.layout.slots)
-        for size in reversed(sizes):
+        for size in reversed(graph_sizes(self._program.layout.slots)):
             for spread in (Spread.EVEN, Spread.UNEVEN, Spread.MIXED):
                 self._forward_of(size, spread)
             for filtered in (False, True):
                 choose = partial(self._program.choose, size, filtered=filtered)
                 self._tail[size, filtered] = recorder.captured(choose)
             on_size()
-        self._capture_few(recorder, sizes)
+        self._capture_few(recorder)
 
     def decode(self, rows: int, *, spread: Spread) -> None:
         """The logits of the decode batch of ``rows`` rows; see :meth:`Program.decode`.
@@ -75,27 +74,27 @@ class DecodeGraphs:
     def takes_few(self, rows: int) -> bool:
         """Whether :meth:`few` computes a decode batch of ``rows`` rows."""
         few = self._program.few_rows
-        return few is not None and few.takes(self._size_of(rows))
+        return few is not None and few.takes(rows)
 
     def few(self, rows: int, *, longest: int) -> Tensor:
         """A whole step of few rows, unfiltered, of contexts up to ``longest`` tokens; returns where its tokens will be.
 
         int32 [2, ≥ rows], tokens and statuses: see :meth:`FewRowsStep.kept`.
         """
-        few, size = self._program.few_rows, self._size_of(rows)
+        few = self._program.few_rows
         assert few is not None
         context = few.context(longest)
         if self._recorder is None:
-            few.run(size, context)
+            few.run(rows, context)
         else:
-            self._few[size, context].replay()
+            self._few[rows, context].replay()
         return few.kept(few.place())
 
-    def _capture_few(self, recorder: Recorder, sizes: list[int]) -> None:
+    def _capture_few(self, recorder: Recorder) -> None:
         few = self._program.few_rows
-        for size, context in [] if few is None else few.shapes:
-            if few is not None and size in sizes:
-                self._few[size, context] = recorder.captured(partial(few.run, size, context))
+        for rows, context in [] if few is None else few.shapes:
+            if few is not None:
+                self._few[rows, context] = recorder.captured(partial(few.run, rows, context))
 
     def _size_of(self, rows: int) -> int:
         return graph_size(rows, self._program.layout.slots)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from penstock.executor.layers.attention import LayerCache
 from penstock.executor.layers.few_rows import StepWeights
 from penstock.executor.worker.device.few_rows import FewRowsStep
+from penstock.kernels.ahead import can_compile_ahead, compiled_ahead
 from penstock.kernels.batch.state import LIVE, ArenaLayout, BatchState
 from penstock.kernels.gemv.attention import FewRows, few_rows_attention_reference
 from penstock.kernels.gemv.neighbours import alternatives, attention_alternatives
@@ -185,7 +186,9 @@ class Tuner:
         while True:
             before = best
             for part in ("attention", *(() if attention_only else PRODUCTS)):
-                for shape in self._around(best.shape, part):
+                near = self._around(best.shape, part)
+                self.compile(near)
+                for shape in near:
                     if time.monotonic() > self._deadline:
                         return best
                     tried = self.measure(shape, best.ms)
@@ -195,10 +198,18 @@ class Tuner:
             if best is before:
                 return best
 
-    def _around(self, shape: StepShape, part: str) -> Iterator[StepShape]:
+    def _around(self, shape: StepShape, part: str) -> list[StepShape]:
         sizes = self._bench.weights.sizes
         near = attention_alternatives(shape) if part == "attention" else alternatives(shape, sizes, part)
-        return (one for one in near if one not in self._seen)
+        return [one for one in near if one not in self._seen]
+
+    def compile(self, shapes: Sequence[StepShape]) -> None:
+        """Side by side: one after another it would take longer than to measure them."""
+        if can_compile_ahead():
+            part = self._bench.step.shallow()
+            with compiled_ahead(self._bench.logits.device):
+                for shape in shapes:
+                    part.compute(self._bench.rows, shape)
 
 
 def tokens_of(weights: StepWeights, context: int) -> int | None:
@@ -231,6 +242,7 @@ def tune(
     tuner.most_error = ERROR_FACTOR * plain.error
     others = starts(weights.sizes, rows, context) if near is None else [replace(near, attention=default.attention)]
     found = [plain]
+    tuner.compile(others)
     for shape in others:
         tried = tuner.measure(shape)
         found += [] if tried is None else [tried]

@@ -55,7 +55,7 @@ def _meet_steps(part: Program, sizes: Sequence[int], longest: int) -> None:
             part.choose(rows, filtered=filtered)
     few = part.few_rows
     for rows, context in [] if few is None else few.shapes:
-        if few is not None and rows in graph_sizes(part.layout.slots):
+        if few is not None:
             few.run(rows, context)
 
 
