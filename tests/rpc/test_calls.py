@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from penstock import v1
 from penstock.rpc import errors
+from penstock.rpc.calls import MessageStream
 from penstock.rpc.channel import open_channel, open_sync_channel
 from penstock.rpc.codec import encoder
 from penstock.rpc.errors import RpcError
@@ -340,6 +341,47 @@ async def test_a_cancelled_call_stays_cancelled(serve: Serve) -> None:
         assert (await failure_of(call.read())).code is grpc.StatusCode.CANCELLED
         hello = v1.ConnectRequest(hello=v1.Hello(service_id="s"))
         assert (await failure_of(call.write(hello))).code is grpc.StatusCode.CANCELLED
+
+
+class Ending:
+    """Ends its streams when told to, while the other side goes on writing."""
+
+    def __init__(self) -> None:
+        self.told = asyncio.Event()
+
+    async def connect(
+        self, requests: AsyncIterator[v1.ConnectRequest], context: Any
+    ) -> AsyncIterator[v1.ConnectResponse]:
+        yield v1.ConnectResponse(welcome=v1.Welcome())
+        await self.told.wait()
+        raise errors.unavailable(ErrorReason.DRAINING, "shutting down", 0.5)
+
+
+async def test_whoever_writes_to_a_call_that_ends_learns_how_it_ended(serve: Serve) -> None:
+    """A write that the end overtakes must not take the place of the status."""
+    ending = Ending()
+
+    async def written(call: MessageStream[v1.ConnectRequest, v1.ConnectResponse]) -> RpcError:
+        while True:
+            try:
+                await call.write(v1.ConnectRequest(ack=v1.Ack()))
+            except RpcError as error:
+                return error
+            await asyncio.sleep(0)
+
+    async with serve({SCHEDULER: ending}) as address, open_channel(address) as channel:
+        calls = [SchedulerStub(channel).connect(timeout=30) for _ in range(60)]
+        for call in calls:
+            assert await call.read()
+        writers = [asyncio.create_task(written(call)) for call in calls]
+        await asyncio.sleep(0.05)
+        ending.told.set()
+        ends = [await failure_of(call.read()) for call in calls]
+        stopped = await asyncio.gather(*writers)
+    assert {(end.code, end.reason, end.message) for end in ends} == {
+        (grpc.StatusCode.UNAVAILABLE, ErrorReason.DRAINING, "shutting down")
+    }
+    assert {end.code for end in stopped} <= {grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE}
 
 
 async def test_too_many_calls_at_once_are_refused_with_retry(serve: Serve) -> None:

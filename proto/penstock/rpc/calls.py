@@ -1,8 +1,9 @@
 """Typed calls for asyncio: messages in and out, RpcError as the only failure, the grpc call always at hand."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
-from typing import Any, Generic, TypeVar
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
+from typing import Any, Final, Generic, TypeVar, cast
 
 import betterproto2
 import grpc
@@ -14,6 +15,7 @@ from penstock.v1 import ErrorReason
 
 Request = TypeVar("Request", bound=betterproto2.Message)
 Response = TypeVar("Response", bound=betterproto2.Message)
+Result = TypeVar("Result")
 Metadata = Sequence[tuple[str, str | bytes]]
 
 
@@ -31,6 +33,27 @@ def decode_response(decode: Callable[[bytes], Response], data: bytes) -> Respons
         return decode(data)
     except MalformedMessage as error:
         raise errors.RpcError(grpc.StatusCode.INTERNAL, ErrorReason.INTERNAL, f"malformed response: {error}") from error
+
+
+_WRITTEN_TOO_LATE: Final = "Internal error from Core"
+"""How grpc.aio says that the call had ended when something was written to it. It says so to whoever reads, too, with
+code INTERNAL, whatever the other side's status is (``_StreamRequestMixin._write`` in grpc/aio/_call.py)."""
+STATUS_SECONDS: Final = 1.0
+"""For the status to come, which made the write fail."""
+
+
+async def _status_of(call: Any) -> grpc.aio.AioRpcError:
+    code, details, trailing = await call.code(), await call.details(), await call.trailing_metadata()
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details)
+
+
+def _at_once(known: Coroutine[Any, Any, Result]) -> Result:
+    """What a coroutine returns that has nothing to wait for."""
+    try:
+        known.send(None)
+    except StopIteration as end:
+        return cast(Result, end.value)
+    raise RuntimeError("it waits")
 
 
 class AsyncCall:
@@ -136,12 +159,43 @@ class MessageStream(ResponseStream[Response], Generic[Request, Response]):
     def __init__(self, call: Any, encode: Callable[[Request], bytes], decode: Callable[[bytes], Response]) -> None:
         super().__init__(call, decode)
         self._encode = encode
+        self._status: grpc.aio.AioRpcError | None = None
+        """How the other side ended the call: a write that the end overtakes puts another one in its place."""
+        self._ended = asyncio.Event()
+        call.add_done_callback(self._keep_status)
+
+    def _keep_status(self, call: Any) -> None:
+        status = _at_once(_status_of(call))
+        if status.details() != _WRITTEN_TOO_LATE:
+            self._status = status
+            self._ended.set()
+
+    async def read(self) -> Response | None:
+        """The next response; None at the end. Raises RpcError, as the other side ended the call."""
+        try:
+            return await super().read()
+        except errors.RpcError as error:
+            if error.message != _WRITTEN_TOO_LATE:
+                raise
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STATUS_SECONDS):
+                await self._ended.wait()
+        if self._status is None:
+            raise errors.cancelled("the call has ended")
+        if self._status.code() is grpc.StatusCode.OK:
+            return None
+        raise errors.from_call(self._status)
 
     async def write(self, request: Request) -> None:
-        """Send one; returns when flow control lets it go. One at a time. Raises RpcError."""
+        """Send one; returns when flow control lets it go. One at a time. Raises RpcError; :meth:`read` knows why."""
         data = encode_request(self._encode, request)
-        with self._typed_errors:
-            await self.call.write(data)
+        try:
+            with self._typed_errors:
+                await self.call.write(data)
+        except errors.RpcError as error:
+            if error.message == _WRITTEN_TOO_LATE:
+                raise errors.cancelled("the call has ended") from error
+            raise
 
     async def done_writing(self) -> None:
         """Nothing more will be written."""
