@@ -27,7 +27,7 @@ class TuneConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What to tune, and for how long."""
 
     model_dir: Annotated[Path, Meta(description="A model folder; its config.json will do.")]
-    rows: Annotated[str, Meta(description="Numbers of rows, separated by commas; none: all.")] = ""
+    rows: Annotated[str, Meta(description="Numbers of rows, separated by commas, or all.")] = "all"
     contexts: Annotated[str, Meta(description="Classes of contexts, 0 short to 2 long, separated by commas.")] = "0,1,2"
     seconds: Annotated[float, Meta(gt=0, description="At most, for each of them.")] = 90.0
     device: Annotated[str, Meta(description="cuda or cuda:N.")] = "cuda"
@@ -56,7 +56,7 @@ def run(config: TuneConfig) -> int:
     from penstock.kernels.gemv.shapes import MOST_ROWS, most_rows
     from penstock.kernels.gemv.tuned import file_of, read_entries, user_folder, write_entries
 
-    rows = _numbers(config.rows, "rows", range(1, MOST_ROWS + 1)) if config.rows else None
+    rows = _numbers(config.rows, "rows", range(1, MOST_ROWS + 1)) if config.rows != "all" else None
     contexts = _numbers(config.contexts, "contexts", range(3))
     device = choose_device(config.device)
     if device.type != "cuda":
