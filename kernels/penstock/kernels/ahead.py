@@ -20,7 +20,7 @@ import torch
 from penstock.kernels.dispatch import INTERPRETED
 
 MOST_THREADS: Final = 16
-"""What a compiler does in Python, about a quarter of its time, is done by one thread at a time."""
+"""More would wait for each other: a part of what a compiler does is Python."""
 
 _AHEAD: ContextVar[bool] = ContextVar("kernels are compiled and not launched", default=False)
 
@@ -36,8 +36,9 @@ def can_compile_ahead() -> bool:
 
 
 class _Compilers(ThreadPoolExecutor):
-    """Threads that compile kernels, build what launches them (with some releases of Triton a C compiler does) and load
-    them onto the device: all that a first launch would have done.
+    """Threads that do all that a first launch would have done.
+
+    They compile kernels, build what launches them, which some releases of Triton leave to a C compiler, and load both.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -62,7 +63,7 @@ def _ready(compile_kernel: Callable[[], Any]) -> Any:
 
 @contextmanager
 def compiled_ahead(device: torch.device) -> Iterator[None]:
-    """Launches of this thread inside, all on ``device``, only compile. Where :func:`can_compile_ahead` says so.
+    """Launches of this thread inside, all on ``device``, only compile. To be used where :func:`can_compile_ahead`.
 
     A kernel that cannot be compiled is passed over: its first real launch says why.
     """

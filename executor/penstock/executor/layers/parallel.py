@@ -170,8 +170,9 @@ class Group:
             self._drops.append(drop)
 
     def close(self) -> None:
-        """Part from the others: whatever they wait for fails at once. Idempotent; nothing of this rank may be going on
-        but what waits for a rank that is lost.
+        """Part from the others: whatever they wait for fails at once. Idempotent.
+
+        Nothing of this rank may be going on but what waits for a rank that is lost.
         """
         nccl = self.backends.get("cuda")
         self.backends.clear()  # gloo parts when nobody holds it any more

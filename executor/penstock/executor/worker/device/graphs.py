@@ -92,9 +92,10 @@ class DecodeGraphs:
 
     def _capture_few(self, recorder: Recorder) -> None:
         few = self._program.few_rows
-        for rows, context in [] if few is None else few.shapes:
-            if few is not None:
-                self._few[rows, context] = recorder.captured(partial(few.run, rows, context))
+        if few is None:
+            return
+        for rows, context in few.shapes:
+            self._few[rows, context] = recorder.captured(partial(few.run, rows, context))
 
     def _size_of(self, rows: int) -> int:
         return graph_size(rows, self._program.layout.slots)

@@ -54,9 +54,10 @@ def _meet_steps(part: Program, sizes: Sequence[int], longest: int) -> None:
         for filtered in (False, True):
             part.choose(rows, filtered=filtered)
     few = part.few_rows
-    for rows, context in [] if few is None else few.shapes:
-        if few is not None:
-            few.run(rows, context)
+    if few is None:
+        return
+    for rows, context in few.shapes:
+        few.run(rows, context)
 
 
 def _sizes_to_compile(max_rows: int) -> list[int]:
