@@ -9,8 +9,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 RELEASED := proto/released.binpb
-# What computes and waits for nobody may take two cores; the rest has real processes and clocks, one after the other.
-COMPUTING := tests/core tests/executor tests/kernels
+# What computes and times nothing may take two cores; the rest has clocks and processes that end, one after the other.
+COMPUTING := tests/core tests/executor tests/kernels tests/config tests/lint tests/peers \
+  tests/local/test_measure.py tests/local/test_tune.py tests/system/test_equality.py
 ALONE := $(BIN)/python -m pytest $(COMPUTING:%=--ignore=%)
 TOGETHER := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 INTERPRETED := TRITON_INTERPRET=1 $(TOGETHER)

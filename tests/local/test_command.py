@@ -64,10 +64,6 @@ def test_each_command_has_help(command: str) -> None:
         (["service", "--nope"], "unknown flag --nope"),
         (["tune"], "--model-dir is required"),
         (["tune", "x", "--rows", "1,two"], "rows '1,two': must be numbers separated by commas"),
-        (["tune", "x", "--rows", ""], "rows '': must be numbers separated by commas"),
-        (["tune", "x", "--rows", "1,9"], "rows 9: must be from 1 to "),
-        (["tune", "x", "--rows", "0"], "rows 0: must be from 1 to "),
-        (["tune", "x", "--contexts", "3"], "contexts 3: must be from 0 to 2"),
         (["tune", "x", "--seconds", "0"], "--seconds"),
     ],
 )
@@ -79,14 +75,11 @@ def test_a_mistake_is_one_line(arguments: list[str], message: str) -> None:
     assert message in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("device", "message"), [("cuda", "0 CUDA devices were found"), ("cpu", "is no GPU"), ("abacus", "is not known")]
-)
-def test_tuning_wants_a_gpu(device: str, message: str) -> None:
-    done = penstock("tune", "x", "--device", device, CUDA_VISIBLE_DEVICES="")
+def test_tuning_wants_a_gpu() -> None:
+    done = penstock("tune", "x", CUDA_VISIBLE_DEVICES="")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"error: device '{device}' ")
-    assert message in done.stderr
+    assert done.stderr.startswith("error: device 'cuda' ")
+    assert "0 CUDA devices were found" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from penstock.config import ConfigError
 from penstock.executor.worker import model_runner, worker
 from penstock.executor.worker.device.tune import StepBench
 from penstock.executor.worker.model_runner import LoadedModel
@@ -18,6 +20,7 @@ from penstock.kernels.gemv.tuned import read_entries
 from penstock.local.main import run
 from support.tiny_llama import TINY_QWEN3, TinyLlama, build_tiny_llama
 
+CHOOSE_DEVICE = worker.choose_device
 LONG = TinyLlama(max_position_embeddings=4096, hidden_size=256, intermediate_size=512)
 
 
@@ -78,6 +81,32 @@ def test_a_model_that_the_kernels_do_not_take(tmp_path: Path, folder: Path, caps
     assert run(["tune", model, "--rows", "1", "--contexts", "0"]) == 1
     assert capsys.readouterr().err == f"error: {model}: the kernels for few rows do not take this model\n"
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rows", ""], "rows '': must be numbers separated by commas"),
+        (["--rows", "1,9"], "rows 9: must be from 1 to 3"),
+        (["--rows", "0"], "rows 0: must be from 1 to 3"),
+        (["--contexts", "3"], "contexts 3: must be from 0 to 2"),
+    ],
+)
+def test_numbers_that_are_none(words: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        run(["tune", str(tmp_path), *words])
+
+
+@pytest.mark.parametrize(("device", "message"), [("cpu", "is no GPU"), ("abacus", "is not known")])
+def test_a_device_that_is_no_gpu(
+    device: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "choose_device", CHOOSE_DEVICE)
+    assert run(["tune", str(tmp_path), "--device", device]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: device '{device}' ")
+    assert message in said
+    assert said.count("\n") == 1
 
 
 def test_more_rows_than_the_kernels_are_used_for(
