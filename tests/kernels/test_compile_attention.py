@@ -92,7 +92,7 @@ def test_every_cut_of_decode(shape: DecodeShape, made: list[Compiled]) -> None:
     assert "cp.async.cg.shared.global" in attend.ptx, "pages are fetched ahead, 16 bytes at a time"
 
 
-@pytest.mark.parametrize("block_tokens", [16, 64])
+@pytest.mark.parametrize("block_tokens", [pytest.param(16, marks=pytest.mark.long), 64])
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 256])
 def test_decode_of_other_shapes(head_dim: int, block_tokens: int, made: list[Compiled]) -> None:
     decode(ALL_CUTS[0], head_dim, block_tokens, BF16)

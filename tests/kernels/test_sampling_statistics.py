@@ -51,7 +51,9 @@ def check(drawn: Tensor, probabilities: Tensor) -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="there is no kernel in it, and once is enough")
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=[] if mode == "all of them" else pytest.mark.long) for mode in MODES]
+)
 def test_draws_of_the_reference(mode: str) -> None:
     temperature, top_k, top_p, min_p = MODES[mode]
     logits = torch.randn(61, generator=torch.Generator().manual_seed(1))
