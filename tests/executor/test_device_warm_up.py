@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import random
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from penstock.executor.worker.device.attention import ChunkRows
 from penstock.executor.worker.device.prefill import AUTO, FLASH_ONLY, Kernel, Prefill, Rule
 from penstock.executor.worker.device.program import MixedStep, Program
 from penstock.executor.worker.device.sizes import graph_size, graph_sizes, step_size
-from penstock.executor.worker.device.warm_up import warm_up
+from penstock.executor.worker.device.warm_up import run_full_step, warm_up
 from penstock.executor.worker.kv_cache import PageShape, allocate_pages
 from penstock.executor.worker.slots import Capacity
 from penstock.kernels import dispatch, overlap
@@ -216,3 +217,23 @@ def test_kernels_that_few_steps_choose_are_met(launches: Launches, rules: tuple[
         mixed(program, 0, [longest] * (MOST_SEQUENCES + 1), 0, Spread.EVEN, filtered=False)
     assert len(pages.asked) == asked
     assert sorted(launches.kernels - compiled) == []
+
+
+def most_bytes(program: Program, step_tokens: int) -> int:
+    """The most memory that a full step holds at a time, beside what it found."""
+    with torch.inference_mode():
+        run_full_step(program, step_tokens, 4096)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+            run_full_step(program, step_tokens, 4096)
+    memory = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes: list[int] = [event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns())]
+    return max(accumulate(changes))
+
+
+def test_three_layers_take_as_much_memory_as_all() -> None:
+    """And two do not: what the start measures is what pages may not have."""
+    wide: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 8192, "heads": 4, "kv_heads": 2, "head_dim": 64}
+    program = program_of(8, 512, **wide, layers=6)
+    whole = most_bytes(program, 512)
+    assert most_bytes(program.shallow(3), 512) == whole
+    assert most_bytes(program.shallow(2), 512) < whole

@@ -67,6 +67,7 @@ class Group:
     backends: dict[str, Backend] = field(default_factory=dict)
     """By the type of the device that a tensor is on; "cpu" is always there if ``size`` is more than 1."""
     _drops: list[Callable[[], None]] = field(default_factory=list)
+    """See :meth:`before_close`."""
 
     # ---- tensors ----
 

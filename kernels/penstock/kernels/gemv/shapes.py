@@ -11,6 +11,7 @@ from penstock.kernels.dispatch import SMALL_MODEL
 
 MOST_ROWS: Final = 3
 """Of a step that is computed so; see :func:`most_rows`."""
+_MOST_ROWS_OF_LARGE: Final = 2
 MOST_PACKED: Final = 16
 """Query heads that share a key/value head: rows of a tensor core's tile."""
 MOST_MERGED_BY_PRODUCT: Final = 8
@@ -136,7 +137,7 @@ def most_rows(sizes: LayerSizes) -> int:
 
     On an H200 (bench/results/h200/few_rows.txt).
     """
-    return MOST_ROWS if sizes.hidden <= SMALL_MODEL else MOST_ROWS - 1
+    return MOST_ROWS if sizes.hidden <= SMALL_MODEL else _MOST_ROWS_OF_LARGE
 
 
 def default_shape(sizes: LayerSizes, rows: int, context: int) -> StepShape | None:

@@ -130,10 +130,13 @@ class Program:
         """What rank 0 chose holds in all ranks, whose logits may differ in their last bits."""
         self.group.broadcast(self.state.advanced)
 
-    def shallow(self) -> Program:
-        """The same with the last two layers alone: any kernel of a step, in a fraction of its time."""
+    def shallow(self, layers: int = 2) -> Program:
+        """The same with the last layers alone: with two any kernel of a step, in a fraction of its time.
+
+        With three as much memory as with all: the first has none before it, in the last some rows may go no further.
+        """
         part = copy.copy(self)
-        part.model, part._pages = self.model.last_layers(2), self._pages[-2:]
+        part.model, part._pages = self.model.last_layers(layers), self._pages[-layers:]
         part.few_rows = None if self.few_rows is None else self.few_rows.shallow()
         return part
 

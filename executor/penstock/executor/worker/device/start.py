@@ -252,14 +252,14 @@ def _profile(
 ) -> int:
     """The most bytes that state and a full step take beside weights and pages: measured with a pool of one block.
 
-    No layer takes more than the last ones, and all use the same memory one after another.
+    Three layers take as much as all, which use the same memory one after another.
     """
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     capacity = Capacity(spec.max_sequences, longest, spec.block_tokens, 1, unset.config.vocab_size)
     pages: tuple[LayerCache, ...] = allocate_pages(shape, 2, device)
-    program = Program(unset.model, pages, capacity, spec.max_step_tokens, device, prefill, group=unset.group).shallow()
+    program = Program(unset.model, pages, capacity, spec.max_step_tokens, device, prefill, group=unset.group).shallow(3)
     if can_compile_ahead():
         with compiled_ahead(device):
             run_full_step(program, spec.max_step_tokens, longest)

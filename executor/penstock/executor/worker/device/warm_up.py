@@ -30,13 +30,13 @@ MOST_COMPILED = 160
 def warm_up(program: Program, max_step_tokens: int, longest: int) -> None:
     """Launch each kernel that steps of up to ``max_step_tokens`` known ids may need; no slot may be live.
 
-    ``longest``: most tokens of a sequence. Full steps come first: they take the most memory.
+    ``longest``: most tokens of a sequence. Of what is launched full steps come first: they take the most memory.
     """
     part = program.shallow()
     if can_compile_ahead():
         with compiled_ahead(program.state.arena.device):
             _meet_steps(part, _sizes_to_compile(program.max_rows), longest)
-    run_full_step(part, max_step_tokens, longest)
+    run_full_step(program.shallow(3), max_step_tokens, longest)
     part.meet_prefill()
     _meet_steps(part, met_step_sizes(program.max_rows), longest)
 
